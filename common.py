@@ -1,0 +1,242 @@
+"""What the scripts share, in the order a run uses it: model, data, training."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from adapters import INFO, TEMPLATE, adapter_state, base_fingerprint, describe_run, save_adapter
+from arguments import DataArguments, ModelArguments
+from checkpoints import CompleteCheckpoints, find_resume_checkpoint, remove_checkpoints
+from collators import IGNORE_INDEX, FlattenCollator, PadCollator, can_flatten
+from console import fail, say
+from guards import NotFiniteGuard
+from prompts import (
+    Message,
+    encode_messages,
+    join_input,
+    mark_answers,
+    prompt_format,
+    set_prompt_format,
+    split_turns,
+    stop_token_ids,
+)
+from rows import load_rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, with the chat template of the format `auto`, `chat` or `plain`."""
+    check_model_path(model_args.model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        fail(f"--model_path '{model_args.model_path}': the tokenizer can not be loaded: {first_line(error)}")
+    set_prompt_format(tokenizer, format_name)
+    say(f"prompt format: {prompt_format(tokenizer)}, answers end with {tokenizer.eos_token}")
+    return tokenizer
+
+
+def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the base model.
+
+    Args:
+        dtype: of the weights; of the matrix products where the weights are 4-bit.
+        device: where the weights go; a GPU gets them straight from the file.
+    """
+    check_model_path(model_args.model_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_args.model_path,
+            dtype=dtype,
+            device_map={"": device} if device.type == "cuda" else None,
+            quantization_config=quantization if model_args.load_in_4bit else None,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        fail(f"--model_path '{model_args.model_path}': the model can not be loaded: {first_line(error)}")
+
+
+def check_model_path(model_path: str) -> None:
+    """Tell a mistyped folder from a hub name before transformers asks the hub for it."""
+    path = Path(model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            fail(f"--model_path '{model_path}' holds no config.json: it is not a checkpoint that transformers can load")
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
+        fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def training_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """The dtype of the frozen base weights: float16 only together with fp16's loss scaling (gradients underflow)."""
+    return torch.float16 if training_args.fp16 else torch.bfloat16 if training_args.bf16 else torch.float32
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Freeze the base and attach a fresh adapter in float32; print how much of the model is trained."""
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
+    trainable, total = model.get_nb_trainable_parameters()
+    if trainable == 0:
+        fail("the adapter has no trainable parameters")
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def preprocess_function(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    """Turn one row into what the model trains on.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, of one length, at most `max_length`. `labels` are the input_ids of
+        the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on the right, and
+        then ends without a stop token.
+    """
+    input_ids, labels = encode_messages(to_messages(row, tokenizer), tokenizer)
+    input_ids, labels = input_ids[:max_length], labels[:max_length]
+    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+
+
+def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """A row as a conversation, for training and for inference (where there is no output)."""
+    if "messages" in row:
+        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+    messages = [{"role": "user", "content": join_input(row["instruction"], row["input"], tokenizer)}]
+    if "output" in row:
+        messages.append({"role": "assistant", "content": row["output"]})
+    return messages
+
+
+def build_dataset(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset | None:
+    """Read, check and tokenise a data file, and print how many rows were kept, cut and dropped.
+
+    Returns:
+        A dataset with the columns of `preprocess_function`; None without a path. A conversation whose earlier turns the
+        template rewrites gives one row for each answer.
+    """
+    if path is None:
+        return None
+    stop_ids = stop_token_ids(tokenizer)
+    rows = [part for row in load_rows(path) for part in split_turns(row, tokenizer)]
+    examples = []
+    for row in tqdm(rows, desc=f"tokenizing {path}", leave=False):
+        example = preprocess_function(row, tokenizer, max_length)
+        if any(label != IGNORE_INDEX for label in example["labels"]):
+            examples.append(example)
+    cut = sum(example["labels"][-1] not in stop_ids for example in examples)
+    say(
+        f"{path}: {len(rows)} rows: {len(examples) - cut} kept whole, {cut} cut at {max_length} tokens, "
+        f"{len(rows) - len(examples)} dropped (their answer lies behind the cut)"
+    )
+    empty = sum(row.get("output") == "" for row in rows)
+    if empty:
+        say(f"{path}: {empty} rows have an empty answer: the model learns to say nothing there")
+    if not examples:
+        fail(f"{path}: no row is left; raise --max_length (now {max_length})")
+    return Dataset.from_list(examples)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Train the adapter, check it, save it, and print what it took and what to try next.
+
+    Raises:
+        SystemExit: code 1 where the loss is not finite or nothing was learnt, and then no adapter is saved; code 2
+            where the run can not be resumed.
+    """
+    info = {
+        "base_model": model_args.model_path,
+        "base_fingerprint": base_fingerprint(model),
+        "quantization": "nf4" if model_args.load_in_4bit else None,
+        "prompt_format": prompt_format(tokenizer),
+        "stop_token_ids": stop_token_ids(tokenizer),
+        **describe_run(data_args.data_path),
+    }
+    files = {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
+    say("the first row, as the model reads it and learns to write it:")
+    say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
+    checkpoint = find_resume_checkpoint(training_args, model, info)
+    flatten = can_flatten(model.config) and training_args.neftune_noise_alpha is None  # its noise depends on the length
+    if not flatten:
+        training_args.train_sampling_strategy = "group_by_length"
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=FlattenCollator() if flatten else PadCollator(stop_token_ids(tokenizer)[0]),
+        callbacks=[NotFiniteGuard(), CompleteCheckpoints(files)],
+    )
+    if data_args.overwrite_output_dir and training_args.should_save:
+        remove_checkpoints(training_args.output_dir)
+    start = adapter_state(model)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if training_args.should_save:
+        save_adapter(model, training_args.output_dir, start, files)
+        if not data_args.keep_checkpoints:
+            remove_checkpoints(training_args.output_dir)
+
+    tokens_per_row = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+    tokens_per_second = result.metrics["train_samples_per_second"] * tokens_per_row
+    say(
+        f"trained in {result.metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
+        f"peak memory {peak_memory() / 2**30:.2f} GiB; saved in {training_args.output_dir}. Try it:"
+    )
+    say(f'python inference.py --adapter_path {training_args.output_dir} --instruction "翻译为英文" --input "早安"')
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

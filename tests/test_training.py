@@ -1,0 +1,412 @@
+"""train_lora.py from the command line: what it trains, saves, refuses and resumes."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, save_checkpoint
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+import train_lora
+from arguments import ModelArguments
+from collators import FlattenCollator
+from common import build_dataset, load_tokenizer
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run train_lora.py's main with some flags; returns what it printed, or the error where one is `expected`."""
+
+    def run(*flags: object, expected: int | None = None) -> str:
+        monkeypatch.setattr("sys.argv", ["train_lora.py", *map(str, flags)])
+        if expected is None:
+            train_lora.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            train_lora.main()
+        message = capsys.readouterr().err
+        assert stop.value.code == expected, message
+        assert "Traceback" not in message
+        errors = message[message.index("error: ") :].strip().splitlines()
+        assert len(errors) <= 2, message
+        return "\n".join(errors)
+
+    return run
+
+
+@pytest.fixture
+def flags(base_path: str, rows_path: str, tmp_path: Path) -> list[str]:
+    """A run of six steps."""
+    return (
+        f"--model_path {base_path} --data_path {rows_path} --output_dir {tmp_path / 'out'} "
+        "--per_device_train_batch_size 4 --max_steps 6 --disable_tqdm True"
+    ).split()
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_run(run: Run, flags: list[str], tmp_path: Path) -> None:
+    printed = run(*flags, "--learning_rate", 0.03)
+    for words in [
+        "training in float32",
+        "prompt format: plain, answers end with <|endoftext|>",
+        "12 rows: 12 kept whole, 0 cut at 1024 tokens, 0 dropped",
+        "2 of 2 layers",
+        "trainable parameters: 2,560 of",
+        r"reads  'Instruction: Say sun'",
+        r"writes '\nOutput: sun<|endoftext|>'",
+        "tokens/s, peak memory",
+        f"python inference.py --adapter_path {tmp_path / 'out'}",
+    ]:
+        assert words in printed
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert losses[-1] < losses[0]
+
+
+def test_adapter_folder_holds_the_adapter_and_little_else(run: Run, flags: list[str], tmp_path: Path) -> None:
+    run(*flags, "--save_steps", 2)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_info.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+    ]
+    weights = adapter(out)
+    assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in weights.items())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    assert sum(path.stat().st_size for path in out.iterdir()) < size + 1e6
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 32, 0.05)
+    assert sorted(config["target_modules"]) == ["k_proj", "q_proj", "v_proj"]
+    info = json.loads((out / "adapter_info.json").read_text(encoding="utf-8"))
+    assert info["prompt_format"] == "plain" and info["quantization"] is None and info["stop_token_ids"] == [257, 259]
+
+
+def test_two_runs_are_equal(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 21: the seed is set before the adapter is made."""
+    run(*flags)
+    run(*flags, "--output_dir", tmp_path / "again")
+    run(*flags, "--output_dir", tmp_path / "other", "--seed", 1)
+    first, again, other = (adapter(tmp_path / name) for name in ("out", "again", "other"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_loss_equals_the_stock_trainer(base_path: str, rows_path: str, tmp_path: Path, accumulation: int) -> None:
+    """Step by step, against padding and DataCollatorForSeq2Seq; trap 20: also with gradient accumulation."""
+    tokenizer = load_tokenizer(ModelArguments(model_path=base_path), "auto")
+    dataset = build_dataset(rows_path, tokenizer, 512)
+    losses = []
+    for collator in (FlattenCollator(), DataCollatorForSeq2Seq(tokenizer)):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+        arguments = TrainingArguments(
+            str(tmp_path / type(collator).__name__),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-2,
+            max_steps=8,
+            logging_steps=1,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0] - 0.1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"])
+def test_other_architectures(run: Run, flags: list[str], tmp_path: Path, model_type: str) -> None:
+    """Trap 27: on hybrid Qwens the default modules reach one layer of four, and the run says so."""
+    path = save_checkpoint(tmp_path / "model", make_tokenizer("<|im_end|>"), make_model(model_type))
+    printed = run(*flags, "--model_path", path, "--max_steps", 2)
+    assert "prompt format: chat" in printed
+    if model_type.startswith("qwen3_"):
+        assert ("1 of 4 layers" in printed) == (model_type != "qwen3_moe")
+    if model_type == "qwen3_5_text":
+        assert "add to --target_modules: in_proj_qkv,in_proj_z,out_proj" in printed
+        more = "q_proj,k_proj,v_proj,in_proj_qkv,in_proj_z,out_proj"
+        out = tmp_path / "more"
+        printed = run(*flags, "--model_path", path, "--max_steps", 2, "--target_modules", more, "--output_dir", out)
+        assert "4 of 4 layers" in printed
+
+
+def test_4bit(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """NF4 with double quantisation; also with gradient checkpointing; nothing but the adapter is saved."""
+    path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(hidden_size=64, head_dim=16))
+    run(*flags, "--model_path", path, "--load_in_4bit", True, "--gradient_checkpointing", True)
+    info = json.loads((tmp_path / "out" / "adapter_info.json").read_text(encoding="utf-8"))
+    assert info["quantization"] == "nf4"
+    assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in adapter(tmp_path / "out").items())
+
+
+def test_4bit_model_is_nf4_and_the_rest_is_left_alone(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from common import load_model
+
+    path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(hidden_size=64, head_dim=16))
+    model = load_model(ModelArguments(model_path=path, load_in_4bit=True), torch.float32, torch.device("cpu"))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, Linear4bit)
+    assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+    assert not isinstance(model.lm_head, Linear4bit) and model.lm_head.weight.dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 5: under reentrant checkpointing a frozen base gives the adapter no gradient."""
+    run(*flags, "--lora_dropout", 0)
+    out = tmp_path / "checkpointed"
+    run(*flags, "--lora_dropout", 0, "--gradient_checkpointing", True, "--output_dir", out)
+    first, second = adapter(tmp_path / "out"), adapter(out)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+
+
+def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
+    printed = run(*flags, "--eval_data_path", rows_path, "--eval_strategy", "steps", "--eval_steps", 3)
+    assert printed.count("'eval_loss'") == 2
+
+
+def test_nothing_trained_is_an_error(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 5, after the fact: an adapter equal to its start is not saved."""
+    assert "changed nothing" in run(*flags, "--learning_rate", 0, expected=1)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_not_finite_stops_the_run(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 4: the Trainer would log 0.0, exit with 0 and save NaN."""
+    model = make_model()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
+    path = save_checkpoint(tmp_path / "broken", make_tokenizer(), model)
+    message = run(*flags, "--model_path", path, "--save_steps", 1, expected=1)
+    assert "step 1" in message and "loss is nan" in message and "--learning_rate" in message
+    assert not list((tmp_path / "out").iterdir())
+    assert "is" in run(*flags, "--learning_rate", "1e38", "--max_grad_norm", 0, "--save_steps", 1, expected=1)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_precision_without_cuda(base_path: str) -> None:
+    """Traps 23, 30, 31: without a GPU everything is float32, and the flags that ask for more do no harm."""
+    from arguments import parse_arguments
+    from common import add_adapter, load_model, training_dtype
+
+    for words in ([], ["--fp16", "True"], ["--bf16", "True"]):
+        model_args, _, lora_args, training_args = parse_arguments(
+            train_lora.LoraArguments, None, ["--model_path", base_path, "--output_dir", "no/such/folder", *words]
+        )
+        assert not training_args.fp16 and not training_args.bf16
+        assert training_dtype(training_args) == torch.float32
+    # a half-precision base, as on a GPU: what trains is float32 all the same
+    model = load_model(model_args, torch.float16, torch.device("cpu"))
+    model = add_adapter(model, train_lora.build_lora_config(lora_args, model))
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.float16)}
+
+
+def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 19: the Trainer would wrap the model in DataParallel."""
+    from arguments import parse_arguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    *_, training_args = parse_arguments(train_lora.LoraArguments, None, ["--output_dir", "no/such/folder"])
+    assert training_args.n_gpu == 1
+    assert "torchrun" in capsys.readouterr().out
+
+
+# ---- resuming (trap 17)
+
+
+class StopAt(TrainerCallback):
+    """Stands for a power cut at the beginning of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001, ANN003
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a run that was stopped after three of six steps."""
+    flags = [*flags, "--save_steps", "1", "--logging_steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("common.NotFiniteGuard", lambda: StopAt(3))
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags)
+    return flags
+
+
+@pytest.mark.parametrize("how", ["True", "folder"])
+def test_resumed_run_equals_an_undisturbed_one(run: Run, interrupted: list[str], tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    run(*interrupted, "--resume_from_checkpoint", "True" if how == "True" else out / "checkpoint-3")
+    run(*interrupted, "--output_dir", tmp_path / "whole")
+    resumed, whole = adapter(out), adapter(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_broken_checkpoints_are_passed_over(run: Run, interrupted: list[str], tmp_path: Path, capsys) -> None:  # noqa: ANN001
+    """Trap 39: the newest whole checkpoint is used."""
+    out = tmp_path / "out"
+    optimizer = out / "checkpoint-3" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    run(*interrupted, "--output_dir", tmp_path / "whole")
+    run(*interrupted, "--resume_from_checkpoint", "True")
+    resumed, whole = adapter(out), adapter(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], tmp_path: Path, name: str) -> None:
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    (checkpoint / name).unlink()
+    message = run(*interrupted, "--resume_from_checkpoint", checkpoint, expected=2)
+    assert "no whole checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--lora_alpha", "16"], "lora_alpha 32, not 16"),
+        (["--target_modules", "q_proj,k_proj,o_proj"], "target_modules"),  # trap 40: a segfault without the check
+        (["--data_path", "other"], "data_sha256"),
+        (["--model_path", "other"], "base_fingerprint"),
+        (["--prompt_format", "chat"], "prompt_format"),
+    ],
+)
+def test_resuming_something_else_is_refused(
+    run: Run, interrupted: list[str], tmp_path: Path, rows_path: str, changed: list[str], words: str
+) -> None:
+    if changed[0] == "--data_path":
+        other = tmp_path / "other.json"
+        other.write_text(Path(rows_path).read_text(encoding="utf-8").replace("sun", "son"), encoding="utf-8")
+        changed = ["--data_path", str(other)]
+    if changed[0] == "--model_path":
+        changed = ["--model_path", save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(seed=1))]
+    message = run(*interrupted, *changed, "--resume_from_checkpoint", "True", expected=2)
+    assert words in message and "checkpoint-3" in message
+
+
+# ---- mistakes
+
+
+def test_used_output_dir_is_left_alone(run: Run, flags: list[str], tmp_path: Path) -> None:
+    run(*flags)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    message = run(*flags, expected=2)
+    assert "already holds an adapter" in message and "--overwrite_output_dir True" in message
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    run(*flags, "--overwrite_output_dir", True, "--seed", 5)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
+def test_model_folder_is_no_output_dir(run: Run, flags: list[str], base_path: str) -> None:
+    message = run(*flags, "--output_dir", base_path, "--overwrite_output_dir", True, expected=2)
+    assert "holds a model" in message
+
+
+BAD_FLAGS = {
+    "missing model": (["--model_path", "models/no-such-model"], ["--model_path", "models/no-such-model", "exist"]),
+    "model folder without a model": (["--model_path", "tests"], ["config.json"]),
+    "missing data": (["--data_path", "no.json"], ["no.json", "does not exist"]),
+    "one wrong module": (["--target_modules", "q_proj,c_attn"], ["'c_attn'", "gate_proj", "o_proj"]),  # traps 9, 34
+    "only a wrong module": (["--target_modules", "c_attn"], ["'c_attn'", "q_proj"]),
+    "no module": (["--target_modules", ","], ["--target_modules", "q_proj"]),
+    "rank 0": (["--lora_r", "0"], ["--lora_r"]),
+    "alpha 0": (["--lora_alpha", "0"], ["--lora_alpha"]),  # trap 5
+    "dropout 1": (["--lora_dropout", "1"], ["--lora_dropout"]),
+    "too short": (["--max_length", "1"], ["--max_length"]),
+    "nothing left": (["--max_length", "4"], ["--max_length"]),  # trap 14
+    "unknown flag": (["--lora_rnk", "4"], ["--lora_rnk", "--lora_r"]),
+    "abbreviation": (["--learning", "4"], ["--learning"]),
+    "stray word": (["True"], ["'True'"]),
+    "not a number": (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+    "not a choice": (["--prompt_format", "alpaca"], ["--prompt_format", "alpaca"]),
+    "old name": (["--evaluation_strategy", "epoch"], ["--evaluation_strategy", "--eval_strategy"]),  # trap 32
+    "old name, warmup": (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
+    "no rows to evaluate": (["--eval_strategy", "epoch"], ["--eval_strategy", "--eval_data_path"]),
+    "label smoothing": (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
+    "bad combination": (["--load_best_model_at_end", "True"], ["load_best_model_at_end"]),
+    "resume from nothing": (["--resume_from_checkpoint", "True"], ["--resume_from_checkpoint"]),
+    "resume and overwrite": (
+        ["--resume_from_checkpoint", "True", "--overwrite_output_dir", "True"],
+        ["--resume_from_checkpoint", "--overwrite_output_dir"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "parts"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_mistakes(run: Run, flags: list[str], tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    message = run(*flags, *words, expected=2)
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_target_modules_are_stripped(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 9: a space after a comma."""
+    run(*flags, "--target_modules", "q_proj, v_proj ,", "--max_steps", 1)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+
+
+def test_all_linear(run: Run, flags: list[str], tmp_path: Path) -> None:
+    run(*flags, "--target_modules", "all-linear", "--max_steps", 1)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert len(config["target_modules"]) == 7 and "lm_head" not in config["target_modules"]
+
+
+def test_kept_cut_and_dropped_add_up(base_path: str, rows_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 14, at every length."""
+    tokenizer = load_tokenizer(ModelArguments(model_path=base_path), "auto")
+    seen = set()
+    for length in range(25, 60):
+        capsys.readouterr()
+        dataset = build_dataset(rows_path, tokenizer, length)
+        whole, cut, dropped = map(int, re.findall(r"(\d+) (?:kept|cut|dropped)", capsys.readouterr().out))
+        assert whole + cut + dropped == 12
+        assert len(dataset) == whole + cut
+        assert sum(labels[-1] == 257 for labels in dataset["labels"]) == whole
+        assert all(any(label != -100 for label in labels) for labels in dataset["labels"])
+        seen.add((whole > 0, cut > 0, dropped > 0))
+    assert len(seen) > 2
+
+
+def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """NEFTune scales its noise by the sequence's length, so rows keep sequences of their own."""
+    used = []
+    monkeypatch.setattr("common.PadCollator", lambda pad: used.append(pad) or __import__("collators").PadCollator(pad))
+    run(*flags, "--neftune_noise_alpha", 5)
+    assert used
+
+
+def test_saved_file_is_checked(run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After training: what is on disk is read back and compared before it becomes the adapter."""
+
+    def corrupt(path: Path) -> dict[str, torch.Tensor]:
+        state = load_file(path)
+        return {name: tensor + 1 for name, tensor in state.items()}
+
+    monkeypatch.setattr("adapters.load_file", corrupt)
+    assert "read back" in run(*flags, expected=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-6"]
