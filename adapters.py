@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -127,7 +128,7 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
 
 
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check that a folder holds a whole adapter and read its two JSON files.
+    """Check that a folder holds a whole adapter with finite weights, and read its two JSON files.
 
     Returns:
         PEFT's configuration, and the contents of adapter_info.json ({} for an adapter that another program wrote).
@@ -144,7 +145,15 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         info = json.loads((folder / INFO).read_text(encoding="utf-8")) if (folder / INFO).is_file() else {}
     except ValueError as error:
-        fail(f"'{adapter_path}': a JSON file of the adapter is broken ({error}); train it again or copy it again")
+        fail(f"'{adapter_path}': a JSON file of the adapter is broken ({error}); copy it again or train it again")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        fail(f"'{adapter_path}': {WEIGHTS} is broken ({error}); copy it again or train it again")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        fail(
+            f"'{adapter_path}' holds NaN or infinite weights; train it again with --bf16 True or a lower learning rate"
+        )
     return config, info
 
 
@@ -152,8 +161,8 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
     """Attach a saved adapter to its base model, for inference.
 
     Raises:
-        SystemExit: code 2, where the base model is not the one the adapter was trained on or the weights are not
-            finite. Another quantisation than in training only gives a warning.
+        SystemExit: code 2, where the base model is not the one the adapter was trained on. Another quantisation than
+            in training only gives a warning.
     """
     if info:
         difference = compare_fingerprints(info["base_fingerprint"], base_fingerprint(model))
@@ -173,8 +182,4 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
         model = PeftModel.from_pretrained(model, adapter_path)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         fail(f"'{adapter_path}' does not fit this base model: {str(error).splitlines()[0]}")
-    if not all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(model).values()):
-        fail(
-            f"'{adapter_path}' holds NaN or infinite weights; train it again with --bf16 True or a lower learning rate"
-        )
     return model.eval()

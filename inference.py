@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters import CONFIG, TEMPLATE, load_adapter, read_adapter
+from adapters import TEMPLATE, load_adapter, read_adapter
 from arguments import ModelArguments, ScriptParser
 from common import load_model, load_tokenizer, to_messages
 from console import fail, say, warn

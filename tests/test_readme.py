@@ -1,0 +1,185 @@
+"""The README's commands and figures, run on models/tiny-qwen as a newcomer would run them."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+READMES = ["README.md", "README_zh.md"]
+SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("*.py") if "def main()" in path.read_text(encoding="utf-8"))
+
+
+def shell_commands(readme: str) -> list[list[str]]:
+    """The words of each command in the bash blocks of a README."""
+    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(command, comments=True) for line in lines for command in line.split("&&") if command.strip()]
+
+
+def code_blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / readme).read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder that sees data/ and models/, in which `python train_lora.py` has been run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in REPOSITORY.iterdir():
+        if path.suffix == ".py" or path.name in ("data", "models"):
+            (folder / path.name).symlink_to(path)
+    result = run(folder, "train_lora.py")
+    (folder / "printed.txt").write_text(result.stdout, encoding="utf-8")
+    return folder
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    result = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_command_of_the_readme_parses(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [command[1:] for command in shell_commands(readme) if command[0] == "python" and command[1] != "-m"]
+    assert len(commands) >= 5
+    for script, *flags in commands:
+        assert (REPOSITORY / script).is_file()
+        if "/" in script:
+            continue
+        module = importlib.import_module(Path(script).stem)
+        parsed = []
+        monkeypatch.setattr(
+            "arguments.ScriptParser.to_dataclasses", lambda self, flags, to=parsed: to.append(flags) or 1 / 0
+        )
+        monkeypatch.setattr("sys.argv", [script, *flags])
+        with pytest.raises(ZeroDivisionError):  # all flags exist and have values of their types
+            module.main()
+        assert parsed
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_flags_and_files_that_the_readme_names_exist(readme: str) -> None:
+    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+    known = "".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("*.py"))
+    from transformers import TrainingArguments
+
+    for name in re.findall(r"`--(\w+)", text):
+        assert f"    {name}:" in known or name in TrainingArguments.__dataclass_fields__, name
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_readmes_are_in_step() -> None:
+    """Same commands, same data, same figures, same headings."""
+    english, chinese = ((REPOSITORY / name).read_text(encoding="utf-8") for name in READMES)
+    for pattern in (r"```bash\n.*?```", r"```python\n.*?```", r"```json\n.*?```"):
+        assert re.findall(pattern, english, flags=re.S) == re.findall(pattern, chinese, flags=re.S)
+    for pattern in (r"\b\d+\.\d+\b", r"^#+ ", r"^\| `?--\w+"):
+        assert re.findall(pattern, english, flags=re.M) == re.findall(pattern, chinese, flags=re.M)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str) -> None:
+    """Trap 50: a bare % in a help text breaks --help. Ours has units and defaults, and every training argument."""
+    text = run(REPOSITORY, f"{script}.py", "--help").stdout
+    assert f"python {script}.py" in text
+    if script.startswith("train_"):
+        from transformers import TrainingArguments
+
+        for name in TrainingArguments.__dataclass_fields__:
+            assert f"--{name}" in text
+        for words in ["longest row, in tokens", "(default: 1024)", "rank of the update", "data and output:", "LoRA:"]:
+            assert words in " ".join(text.split()) or "lora" not in script
+
+
+def test_first_command(workplace: Path) -> None:
+    """`python train_lora.py`: what it shows, and that it takes under a minute on two cores."""
+    printed = (workplace / "printed.txt").read_text(encoding="utf-8")
+    for words in [
+        "data/train.json: 1220 rows: 1220 kept whole, 0 cut",
+        "4 of 4 layers",
+        "trainable parameters: ",
+        "reads  'Instruction: ",
+        "writes '\\nOutput: ",
+        "'loss'",
+        "tokens/s, peak memory",
+        "python inference.py --adapter_path outputs/lora",
+    ]:
+        assert words in printed
+    assert int(re.search(r"trained in (\d+) s", printed)[1]) < 60
+
+
+def test_next_command(workplace: Path) -> None:
+    """The command that training prints at its end, and the one without arguments."""
+    command = (workplace / "printed.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert "Good morning" in run(workplace, *shlex.split(command)[1:]).stdout
+    assert run(workplace, "inference.py").stdout.count('"prediction"') == 8
+
+
+def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
+    rows = re.findall(r"\| (\w+) \| (\d+) \| ([\d.]+)% \| ([\d.]+) \|", printed)
+    return {task: (int(count), float(exact), float(chrf)) for task, count, exact, chrf in rows}
+
+
+def test_results(workplace: Path) -> None:
+    """Translation and classification rows: exact match under 20% for the base, at least 95% with the adapter."""
+    scores = {}
+    for adapter in ("none", "outputs/lora"):
+        command = f"inference.py --adapter_path {adapter} --data_path data/test.json --max_new_tokens 64"
+        result = run(workplace, *command.split())
+        scores[adapter] = read_scores(result.stdout)
+        assert scores[adapter]["all"][0] == 240
+        if adapter != "none":
+            assert "cut off" not in result.stderr  # every answer ends by itself
+    tasks = ["translate_zh_en", "translate_en_zh", "sentiment", "topic"]
+    rows = sum(scores["none"][task][0] for task in tasks)
+    exact = {name: sum(s[task][0] * s[task][1] for task in tasks) / rows for name, s in scores.items()}
+    assert exact["none"] < 20
+    assert exact["outputs/lora"] >= 95
+    for task in ("rewrite", "complete"):
+        assert scores["outputs/lora"][task][2] > scores["none"][task][2]
+
+
+def test_contract_snippet(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """README's Python, word for word but for the place of the model; `.half()` on a CPU too."""
+    imports, snippet = (text.replace("path/to/qwen", "models/tiny-qwen") for text in code_blocks("README.md", "python"))
+    monkeypatch.chdir(workplace)
+    exec(imports + snippet, {})
+    text = capsys.readouterr().out.strip()
+    assert text == "Instruction: 翻译为英文\nInput: 早安\nOutput: Good morning<|endoftext|>"
+
+
+def test_sample_data() -> None:
+    """At least 1,000 and 200 rows, several tasks, and no test question among the training rows."""
+    train, test = (json.loads((REPOSITORY / f"data/{name}.json").read_text("utf-8")) for name in ("train", "test"))
+    assert len(train) >= 1000 and len(test) >= 200
+    assert {row["task"] for row in train} == {row["task"] for row in test} and len({row["task"] for row in test}) >= 6
+    # nor, in either direction, a test sentence as a training answer
+    seen = {row["input"] for row in train} | {row["output"] for row in train}
+    for row in test:
+        assert row["input"] not in seen or not row["input"]
+        if row["task"] not in ("sentiment", "topic"):
+            assert row["output"] not in seen
+    questions = [(row["instruction"], row["input"]) for row in train + test]
+    assert len(set(questions)) == len(questions)
+
+
+def test_tiny_qwen_ships_small() -> None:
+    folder = REPOSITORY / "models/tiny-qwen"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    text = "你好 Hello\n\t🙂 e\u0301 <|x|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == __import__("unicodedata").normalize("NFC", text)
