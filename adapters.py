@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from console import fail, warn
+from soft_prompts import SoftPromptModel
 
 WEIGHTS, CONFIG, TEMPLATE, INFO = (
     "adapter_model.safetensors",
@@ -178,8 +179,14 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
                 f"the adapter was trained on a base model in {names[info['quantization']]} and now runs on "
                 f"one in {names[quantization]}; its answers may be a little worse"
             )
+    config = PeftConfig.from_pretrained(adapter_path)
+    config.inference_mode = True
     try:
-        model = PeftModel.from_pretrained(model, adapter_path)
+        if config.peft_type == PeftType.PROMPT_TUNING:
+            model = SoftPromptModel(model, config)
+            model.load_adapter(adapter_path, "default")
+        else:
+            model = PeftModel.from_pretrained(model, adapter_path, config=config)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         fail(f"'{adapter_path}' does not fit this base model: {str(error).splitlines()[0]}")
     return model.eval()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100  # labels that torch's cross-entropy leaves out
+VIRTUAL_TOKEN = -1  # input ids that stand for the vectors of a soft prompt (see soft_prompts.py)
 
 # Families in which every layer is full attention, so that nothing flows between rows but what the mask lets through.
 # The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
@@ -30,11 +31,17 @@ class FlattenCollator:
     `position_ids` start again at 0 for each row. transformers reads the row boundaries from them and keeps attention
     inside each row, but only where no key-value cache is built, hence `use_cache`.
 
+    Args:
+        num_virtual_tokens: VIRTUAL_TOKEN ids to put in front of each row.
+
     Returns, with T tokens in all and K supervised ones: `input_ids` and `position_ids` (1, T), and what
     `supervised_only` adds.
     """
 
+    num_virtual_tokens: int = 0
+
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
         input_ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
         position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
         # A row's first label would be predicted by the last token of the row before: it is not supervised.
@@ -50,8 +57,10 @@ class PadCollator:
     """
 
     pad_token_id: int
+    num_virtual_tokens: int = 0
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
         length = max(len(row["input_ids"]) for row in rows)
 
         def pad(field: str, value: int) -> torch.Tensor:
@@ -63,6 +72,14 @@ class PadCollator:
             "use_cache": False,
             **supervised_only(pad("labels", IGNORE_INDEX)),
         }
+
+
+def add_virtual_tokens(row: dict[str, list[int]], count: int) -> dict[str, list[int]]:
+    return {
+        "input_ids": [VIRTUAL_TOKEN] * count + row["input_ids"],
+        "attention_mask": [1] * count + row["attention_mask"],
+        "labels": [IGNORE_INDEX] * count + row["labels"],
+    }
 
 
 def supervised_only(labels: torch.Tensor) -> dict[str, torch.Tensor]:

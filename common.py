@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -98,19 +98,6 @@ def training_dtype(training_args: TrainingArguments) -> torch.dtype:
     return torch.float16 if training_args.fp16 else torch.bfloat16 if training_args.bf16 else torch.float32
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Freeze the base and attach a fresh adapter in float32; print how much of the model is trained."""
-    model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
-    trainable, total = model.get_nb_trainable_parameters()
-    if trainable == 0:
-        fail("the adapter has no trainable parameters")
-    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
-    return model
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,10 +173,14 @@ def train(
 ) -> None:
     """Train the adapter, check it, save it, and print what it took and what to try next.
 
+    Args:
+        model: the base with a fresh adapter.
+
     Raises:
         SystemExit: code 1 where the loss is not finite or nothing was learnt, and then no adapter is saved; code 2
             where the run can not be resumed.
     """
+    count_trainable(model)
     info = {
         "base_model": model_args.model_path,
         "base_fingerprint": base_fingerprint(model),
@@ -202,15 +193,18 @@ def train(
     say("the first row, as the model reads it and learns to write it:")
     say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
     checkpoint = find_resume_checkpoint(training_args, model, info)
-    flatten = can_flatten(model.config) and training_args.neftune_noise_alpha is None  # its noise depends on the length
-    if not flatten:
+    virtual_tokens = getattr(model.active_peft_config, "num_virtual_tokens", 0)  # of a soft prompt
+    if can_flatten(model.config) and training_args.neftune_noise_alpha is None:  # its noise depends on the length
+        collator = FlattenCollator(virtual_tokens)
+    else:
+        collator = PadCollator(stop_token_ids(tokenizer)[0], virtual_tokens)
         training_args.train_sampling_strategy = "group_by_length"
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=FlattenCollator() if flatten else PadCollator(stop_token_ids(tokenizer)[0]),
+        data_collator=collator,
         callbacks=[NotFiniteGuard(), CompleteCheckpoints(files)],
     )
     if data_args.overwrite_output_dir and training_args.should_save:
@@ -229,6 +223,17 @@ def train(
         f"peak memory {peak_memory() / 2**30:.2f} GiB; saved in {training_args.output_dir}. Try it:"
     )
     say(f'python inference.py --adapter_path {training_args.output_dir} --instruction "翻译为英文" --input "早安"')
+
+
+def count_trainable(model: PeftModel) -> None:
+    """Print how much of the model is trained, and see to it that this part, and only the adapter, is float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
+    trainable, total = model.get_nb_trainable_parameters()
+    if trainable == 0:
+        fail("the adapter has no trainable parameters")
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
 
 
 def peak_memory() -> int:

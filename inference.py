@@ -23,6 +23,7 @@ from console import fail, say, warn
 from metrics import format_scores, score
 from prompts import clean_answer, encode_messages, stop_token_ids
 from rows import load_rows
+from soft_prompts import SoftPromptModel
 
 DEFAULT_ADAPTER = "outputs/lora"
 DEFAULT_ROWS = "data/test.json"
@@ -107,6 +108,8 @@ def generate(
         the answers, and how many of them were cut off at `max_new_tokens` without a stop token.
     """
     stop_ids = stop_token_ids(tokenizer)
+    if isinstance(model, SoftPromptModel):
+        prompts = [model.virtual_tokens + ids for ids in prompts]
     length = max(map(len, prompts))
     input_ids = torch.tensor([[stop_ids[0]] * (length - len(ids)) + ids for ids in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)

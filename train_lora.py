@@ -8,12 +8,11 @@ Without arguments it trains models/tiny-qwen on data/train.json, in under a minu
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from arguments import parse_arguments
 from common import (
-    add_adapter,
     build_dataset,
     load_model,
     load_tokenizer,
@@ -89,7 +88,7 @@ def main() -> None:
     train_dataset = build_dataset(data_args.data_path, tokenizer, data_args.max_length)
     eval_dataset = build_dataset(data_args.eval_data_path, tokenizer, data_args.max_length)
     model = load_model(model_args, training_dtype(training_args), training_args.device)
-    model = add_adapter(model, build_lora_config(lora_args, model))
+    model = get_peft_model(model, build_lora_config(lora_args, model))
     train(model, tokenizer, train_dataset, eval_dataset, model_args, data_args, training_args)
 
 

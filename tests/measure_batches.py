@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def measure(args: argparse.Namespace) -> None:
     """Train for some steps; print one line of JSON."""
     import torch
+    from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
     from arguments import parse_arguments
     from collators import FlattenCollator
-    from common import add_adapter, build_dataset, load_model, load_tokenizer, peak_memory, training_dtype
+    from common import build_dataset, load_model, load_tokenizer, peak_memory, training_dtype
     from train_lora import LoraArguments, build_lora_config
 
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +40,7 @@ def measure(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(model_args, data_args.prompt_format)
         dataset = build_dataset(data_args.data_path, tokenizer, data_args.max_length)
         model = load_model(model_args, training_dtype(training_args), training_args.device)
-        model = add_adapter(model, build_lora_config(lora_args, model))
+        model = get_peft_model(model, build_lora_config(lora_args, model))
         collator = FlattenCollator() if args.only == "flattened" else DataCollatorForSeq2Seq(tokenizer)
         trainer = Trainer(model, training_args, train_dataset=dataset, data_collator=collator)
         wall, cpu = time.perf_counter(), time.process_time()

@@ -50,6 +50,14 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
+class Parsed(Exception):
+    pass
+
+
+def parsed(*args: object) -> None:
+    raise Parsed
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_every_command_of_the_readme_parses(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [command[1:] for command in shell_commands(readme) if command[0] == "python" and command[1] != "-m"]

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 import train_lora
 from arguments import ModelArguments
-from collators import FlattenCollator
+from collators import FlattenCollator, PadCollator
 from common import build_dataset, load_tokenizer
 
 Run = Callable[..., str]
@@ -203,7 +203,7 @@ def test_not_finite_stops_the_run(run: Run, flags: list[str], tmp_path: Path) ->
 def test_precision_without_cuda(base_path: str) -> None:
     """Traps 23, 30, 31: without a GPU everything is float32, and the flags that ask for more do no harm."""
     from arguments import parse_arguments
-    from common import add_adapter, load_model, training_dtype
+    from common import count_trainable, load_model, training_dtype
 
     for words in ([], ["--fp16", "True"], ["--bf16", "True"]):
         model_args, _, lora_args, training_args = parse_arguments(
@@ -213,7 +213,8 @@ def test_precision_without_cuda(base_path: str) -> None:
         assert training_dtype(training_args) == torch.float32
     # a half-precision base, as on a GPU: what trains is float32 all the same
     model = load_model(model_args, torch.float16, torch.device("cpu"))
-    model = add_adapter(model, train_lora.build_lora_config(lora_args, model))
+    model = get_peft_model(model, train_lora.build_lora_config(lora_args, model), autocast_adapter_dtype=False)
+    count_trainable(model)
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.float16)}
 
@@ -395,7 +396,7 @@ def test_kept_cut_and_dropped_add_up(base_path: str, rows_path: str, capsys: pyt
 def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """NEFTune scales its noise by the sequence's length, so rows keep sequences of their own."""
     used = []
-    monkeypatch.setattr("common.PadCollator", lambda pad: used.append(pad) or __import__("collators").PadCollator(pad))
+    monkeypatch.setattr("common.PadCollator", lambda *args: used.append(args) or PadCollator(*args))
     run(*flags, "--neftune_noise_alpha", 5)
     assert used
 
