@@ -141,6 +141,7 @@ def parse_arguments(
         logging_nan_inf_filter=False,  # the filter would log a NaN loss as 0.0
         save_steps=200,
         save_total_limit=2,
+        ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
         prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
         **defaults,
     )
