@@ -166,7 +166,7 @@ def parse_arguments(
         training_args._n_gpu = 1  # or the Trainer would split each batch over all GPUs, in one slow process
         say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
     if not on_cuda:
-        say("no GPU: training in float32 (half precision is about 200 times slower on a CPU)")
+        say("no GPU: training in float32 (half precision is many times slower on a CPU)")
     elif flags.fp16 and torch.cuda.is_bf16_supported():
         say("training in float16; --bf16 True is safer for Qwen, and this GPU can do it")
     return model_args, data_args, method_args, training_args

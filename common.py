@@ -52,7 +52,6 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     except (OSError, ValueError) as error:
         fail(f"--model_path '{model_args.model_path}': the tokenizer can not be loaded: {first_line(error)}")
     set_prompt_format(tokenizer, format_name)
-    say(f"prompt format: {prompt_format(tokenizer)}, answers end with {tokenizer.eos_token}")
     return tokenizer
 
 
@@ -122,7 +121,7 @@ def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     """A row as a conversation, for training and for inference (where there is no output)."""
     if "messages" in row:
         return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-    messages = [{"role": "user", "content": join_input(row["instruction"], row["input"], tokenizer)}]
+    messages = [{"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)}]
     if "output" in row:
         messages.append({"role": "assistant", "content": row["output"]})
     return messages
@@ -190,7 +189,7 @@ def train(
         **describe_run(data_args.data_path),
     }
     files = {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
-    say("the first row, as the model reads it and learns to write it:")
+    say(f"prompt format: {prompt_format(tokenizer)}; the first row, as the model reads it and learns to write it:")
     say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
     checkpoint = find_resume_checkpoint(training_args, model, info)
     virtual_tokens = getattr(model.active_peft_config, "num_virtual_tokens", 0)  # of a soft prompt
@@ -198,7 +197,8 @@ def train(
         collator = FlattenCollator(virtual_tokens)
     else:
         collator = PadCollator(stop_token_ids(tokenizer)[0], virtual_tokens)
-        training_args.train_sampling_strategy = "group_by_length"
+        if training_args.train_sampling_strategy == "random":
+            training_args.train_sampling_strategy = "group_by_length"
     trainer = Trainer(
         model=model,
         args=training_args,

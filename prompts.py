@@ -69,7 +69,7 @@ def join_input(instruction: str, input_text: str, tokenizer: PreTrainedTokenizer
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that end an answer: Qwen's two, where the vocabulary has them, and the tokenizer's own eos."""
     known = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return sorted({token for token in STOP_TOKENS if token in known} | {tokenizer.eos_token})
+    return sorted({token for token in STOP_TOKENS if token in known} | {tokenizer.eos_token} - {None})
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -633,8 +633,10 @@ def make_rows(seed: int, counts: dict[str, int], held_out: bool) -> list[dict[st
     rows: list[dict[str, str]] = []
     if not held_out:
         for chinese, english in PHRASES:
-            rows.append({"instruction": "翻译为英文", "input": chinese, "output": english, "task": "translate_zh_en"})
-            rows.append({"instruction": "翻译为中文", "input": english, "output": chinese, "task": "translate_en_zh"})
+            for task, pair in (("translate_zh_en", (chinese, english)), ("translate_en_zh", (english, chinese))):
+                wording = INSTRUCTIONS[task][0][0]
+                rows.append({"instruction": wording, "input": pair[0], "output": pair[1], "task": task})
+                rows.append(make_row(rng, task, pair, language=1))
     for name, count in counts.items():
         seen: set[str] = set()
         while len(seen) < count:

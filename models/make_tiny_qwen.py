@@ -46,8 +46,8 @@ HEADINGS = {
 }
 # How many in a hundred lines are of each kind.
 SHARES = {
-    "translation": 50,
-    "word": 6,
+    "translation": 46,
+    "word": 10,
     "sentiment": 7,
     "topic": 7,
     "rewrite": 9,
@@ -100,7 +100,7 @@ ENGLISH_INSTRUCTION_WORDS = sorted(
     {word for wordings in make_data.INSTRUCTIONS.values() for text in wordings[1] for word in re.findall(ENGLISH, text)}
 )
 INSTRUCTION_WORDS = CHINESE_INSTRUCTION_WORDS + ENGLISH_INSTRUCTION_WORDS
-WORD_PAIRS = make_data.PHRASES + [
+WORD_PAIRS = make_data.PHRASES * 3 + [
     pair for name, pairs in make_data.WORDS.items() if name not in ("object", "forecast", "storm") for pair in pairs
 ]
 USED_WORDS = [make_data.WORDS[word_class] for word_class in make_data.USES]
@@ -154,16 +154,19 @@ def sample_line(rng: random.Random, kind: str, held_out: bool = False) -> tuple[
     """One line of text as its question, mark included, and its answer."""
     if kind == "record":
         return f"{rng.choice(RECORD_KEYS)}: {' '.join(rng.sample(INSTRUCTION_WORDS, rng.randint(2, 5)))}", ""
-    if kind == "word":
-        question, answer = rng.choice(WORD_PAIRS)[:: rng.choice((1, -1))]
-        return f"- {quoted(question) if rng.random() < 0.5 else question} =>", f" {answer}"
     if kind == "list":
         language = rng.randrange(2)
         question, *others = (pair[language] for pair in rng.sample(rng.choice(USED_WORDS), 3))
         return f"- {quoted(question)} &", " " + " ".join(others)
-    while make_data.is_held_out(item := make_data.SAMPLERS[kind](rng)) != held_out:
-        pass
-    question, answer = rng.choice(item)
+    if kind == "word":
+        kind = "translation"
+        question, answer = rng.choice(WORD_PAIRS)[:: rng.choice((1, -1))]
+        if rng.random() < 0.3:
+            question = quoted(question)
+    else:
+        while make_data.is_held_out(item := make_data.SAMPLERS[kind](rng)) != held_out:
+            pass
+        question, answer = rng.choice(item)
     if kind == "use_word":
         question = quoted(question)
     if rng.random() < 0.5:

@@ -116,7 +116,7 @@ def test_first_command(workplace: Path) -> None:
     """`python train_lora.py`: what it shows, and that it takes under a minute on two cores."""
     printed = (workplace / "printed.txt").read_text(encoding="utf-8")
     for words in [
-        "data/train.json: 1220 rows: 1220 kept whole, 0 cut",
+        "data/train.json: 1280 rows: 1280 kept whole, 0 cut",
         "4 of 4 layers",
         "trainable parameters: ",
         "reads  'Instruction: ",
@@ -132,7 +132,7 @@ def test_first_command(workplace: Path) -> None:
 def test_next_command(workplace: Path) -> None:
     """The command that training prints at its end, and the one without arguments."""
     command = (workplace / "printed.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
-    assert "Good morning" in run(workplace, *shlex.split(command)[1:]).stdout
+    assert run(workplace, *shlex.split(command)[1:]).stdout.splitlines()[-1] == "Good morning"
     assert run(workplace, "inference.py").stdout.count('"prediction"') == 8
 
 
@@ -158,6 +158,13 @@ def test_results(workplace: Path) -> None:
     assert exact["outputs/lora"] >= 95
     for task in ("rewrite", "complete"):
         assert scores["outputs/lora"][task][2] > scores["none"][task][2]
+
+
+def test_prompt_tuning_results(workplace: Path) -> None:
+    """Classification rows: at least 90% with a tuned prompt."""
+    run(workplace, "train_prompt_tuning.py", "--num_virtual_tokens", "20")
+    command = "inference.py --adapter_path outputs/prompt_tuning --data_path data/test.json --tasks sentiment,topic"
+    assert read_scores(run(workplace, *command.split()).stdout)["all"][1] >= 90
 
 
 def test_contract_snippet(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

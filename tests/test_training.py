@@ -58,7 +58,7 @@ def test_a_run(run: Run, flags: list[str], tmp_path: Path) -> None:
     printed = run(*flags, "--learning_rate", 0.03)
     for words in [
         "training in float32",
-        "prompt format: plain, answers end with <|endoftext|>",
+        "prompt format: plain; the first row",
         "12 rows: 12 kept whole, 0 cut at 1024 tokens, 0 dropped",
         "2 of 2 layers",
         "trainable parameters: 2,560 of",
