@@ -44,7 +44,13 @@ class ScriptParser(HfArgumentParser):
     """An argument parser fed by dataclasses. A wrong command line gives one line on stderr and exit code 2."""
 
     def __init__(self, dataclass_types: tuple[type, ...], description: str | None) -> None:
-        super().__init__(dataclass_types, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        super().__init__(
+            dataclass_types,
+            description=description,
+            usage="python %(prog)s [--flag value] ...",
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)")

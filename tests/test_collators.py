@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_model
+from transformers import AutoConfig
 
 from collators import IGNORE_INDEX, FlattenCollator, PadCollator, can_flatten
 
@@ -66,6 +67,8 @@ def test_which_models_may_be_flattened() -> None:
         assert can_flatten(make_model(model_type).config)
     for model_type in HYBRID:
         assert not can_flatten(make_model(model_type).config)
+    for model_type in ("mamba", "llama"):  # recurrent without saying so, or simply not tried
+        assert not can_flatten(AutoConfig.for_model(model_type))
     sliding = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "sliding_attention" in sliding.config.layer_types
     assert not can_flatten(sliding.config)
