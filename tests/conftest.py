@@ -6,7 +6,9 @@ down in a test: id of a byte = its value.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -119,3 +121,28 @@ def rows_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [{"instruction": f"Say {word}", "input": "", "output": word * (1 + n % 3)} for n, word in enumerate(words)]
     path.write_text(json.dumps(rows), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a script's main with some flags; returns what it printed on stdout.
+
+    With `expected`, the script must end with that exit code and one or two lines of error, which are returned.
+    """
+
+    def run(module: ModuleType, *flags: object, expected: int | None = None) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
+        if expected is None:
+            module.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        message = capsys.readouterr().err
+        assert stop.value.code == expected, message
+        assert "Traceback" not in message
+        errors = message[message.index("error: ") :].strip().splitlines()
+        assert len(errors) <= 2, message
+        return "\n".join(errors)
+
+    return run

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,24 +34,8 @@ def adapter_path(base_path: str, rows_path: str, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run inference.py's main; returns what it printed on stdout, or the error where one is `expected`."""
-
-    def run(*flags: object, expected: int | None = None) -> str:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["inference.py", "--max_new_tokens", "8", *map(str, flags)])
-        if expected is None:
-            inference.main()
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stop:
-            inference.main()
-        message = capsys.readouterr().err
-        assert stop.value.code == expected, message
-        errors = message[message.index("error: ") :].strip().splitlines()
-        assert len(errors) <= 2, message
-        return "\n".join(errors)
-
-    return run
+def run(run_main: Run) -> Run:
+    return partial(run_main, inference, "--max_new_tokens", 8)
 
 
 def test_one_instruction(run: Run, adapter_path: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,21 +99,8 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*flags: object, expected: int | None = None) -> str:
-        monkeypatch.setattr("sys.argv", ["train_prompt_tuning.py", *map(str, flags)])
-        if expected is None:
-            train_prompt_tuning.main()
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stop:
-            train_prompt_tuning.main()
-        message = capsys.readouterr().err
-        assert stop.value.code == expected, message
-        errors = message[message.index("error: ") :].strip().splitlines()
-        assert len(errors) <= 2, message
-        return "\n".join(errors)
-
-    return run
+def run(run_main: Run) -> Run:
+    return partial(run_main, train_prompt_tuning)
 
 
 @pytest.fixture

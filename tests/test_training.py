@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,24 +22,8 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run train_lora.py's main with some flags; returns what it printed, or the error where one is `expected`."""
-
-    def run(*flags: object, expected: int | None = None) -> str:
-        monkeypatch.setattr("sys.argv", ["train_lora.py", *map(str, flags)])
-        if expected is None:
-            train_lora.main()
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stop:
-            train_lora.main()
-        message = capsys.readouterr().err
-        assert stop.value.code == expected, message
-        assert "Traceback" not in message
-        errors = message[message.index("error: ") :].strip().splitlines()
-        assert len(errors) <= 2, message
-        return "\n".join(errors)
-
-    return run
+def run(run_main: Run) -> Run:
+    return partial(run_main, train_lora)
 
 
 @pytest.fixture
