@@ -81,9 +81,11 @@ def test_both_stop_tokens_end_an_answer(stop: int) -> None:
     assert model.generation_config.eos_token_id == ENDOFTEXT
     generate = model.generate
     forced = LogitsProcessorList([Force(len(prompt), [*b"\nOutput: ok", stop, *b"never"])])
-    model.generate = lambda **kwargs: generate(**kwargs, logits_processor=forced)
+    outputs = []
+    model.generate = lambda **kwargs: outputs.append(generate(**kwargs, logits_processor=forced)) or outputs[-1]
     answers, cut = inference.generate(model, tokenizer, [prompt], max_new_tokens=16)
     assert (answers, cut) == (["ok"], 0)
+    assert outputs[0][0, len(prompt) :].tolist() == [*b"\nOutput: ok", stop]  # nothing was generated behind it
     assert inference.generate(model, tokenizer, [prompt], max_new_tokens=5)[1] == 1
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 import train_lora
+from adapters import adapter_state, save_adapter
 from arguments import ModelArguments
 from collators import FlattenCollator, PadCollator
 from common import build_dataset, load_tokenizer
@@ -384,6 +385,17 @@ def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monke
     monkeypatch.setattr("common.PadCollator", lambda *args: used.append(args) or PadCollator(*args))
     run(*flags, "--neftune_noise_alpha", 5)
     assert used
+
+
+def test_adapter_that_is_not_finite_is_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After training: also where the last step, which no loss has seen yet, made it so."""
+    model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    start = adapter_state(model)
+    next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    with pytest.raises(SystemExit) as stop:
+        save_adapter(model, str(tmp_path), start, {})
+    assert stop.value.code == 1 and "NaN" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_saved_file_is_checked(run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
