@@ -37,6 +37,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.suffix == ".py" or path.name in ("data", "models"):
             (folder / path.name).symlink_to(path)
     result = run(folder, "train_lora.py")
+    assert "480/480" in result.stderr  # the progress bar
     (folder / "printed.txt").write_text(result.stdout, encoding="utf-8")
     return folder
 
