@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in REPOSITORY.iterdir():
         if path.suffix == ".py" or path.name in ("data", "models"):
             (folder / path.name).symlink_to(path)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run(folder, "train_lora.py")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_seconds < 2 * 60  # under a minute on two cores; the clock itself depends on what else runs
     assert "480/480" in result.stderr  # the progress bar
     (folder / "printed.txt").write_text(result.stdout, encoding="utf-8")
     return folder
@@ -114,7 +119,7 @@ def test_help(script: str) -> None:
 
 
 def test_first_command(workplace: Path) -> None:
-    """`python train_lora.py`: what it shows, and that it takes under a minute on two cores."""
+    """`python train_lora.py`: what it shows."""
     printed = (workplace / "printed.txt").read_text(encoding="utf-8")
     for words in [
         "data/train.json: 1280 rows: 1280 kept whole, 0 cut",
@@ -127,7 +132,6 @@ def test_first_command(workplace: Path) -> None:
         "python inference.py --adapter_path outputs/lora",
     ]:
         assert words in printed
-    assert int(re.search(r"trained in (\d+) s", printed)[1]) < 60
 
 
 def test_next_command(workplace: Path) -> None:
