@@ -9,6 +9,7 @@ Base model, prompt format, quantisation and stop tokens come from what was saved
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,10 @@ def main() -> None:
         for row, answer in zip(rows, answers, strict=True):
             print(json.dumps(question(row) | {"prediction": answer}, ensure_ascii=False))
     if all("output" in row for row in rows):
-        print(format_scores(score(rows, answers)))
+        if find_spec("sacrebleu"):
+            print(format_scores(score(rows, answers)))
+        else:
+            warn("no scores without sacrebleu: pip install sacrebleu")
 
 
 if __name__ == "__main__":

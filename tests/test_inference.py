@@ -207,3 +207,12 @@ def test_conversations_and_rows_without_answers(run: Run, adapter_path: str, tmp
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"instruction": "a"}), encoding="utf-8")
     printed = run("--adapter_path", adapter_path, "--data_path", path)
     assert printed.count('"prediction"') == 2 and "exact match" not in printed
+
+
+def test_answers_do_not_need_the_scorer(
+    run: Run, adapter_path: str, rows_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contract's pip command does not install sacrebleu."""
+    monkeypatch.setattr("inference.find_spec", lambda name: None)
+    printed = run("--adapter_path", adapter_path, "--data_path", rows_path)
+    assert printed.count('"prediction"') == 12 and "exact match" not in printed
