@@ -43,11 +43,12 @@ def check_output_dir(output_dir: str, told: bool) -> None:
         fail(f"--output_dir '{folder}' holds a model; name another folder, so that the model stays as it is")
     if told or not folder.is_dir() or all(path.name == ".gitkeep" for path in folder.iterdir()):
         return
-    kind = "an adapter" if (folder / WEIGHTS).exists() else "checkpoints" if find_checkpoints(folder) else "files"
-    fail(
-        f"--output_dir '{folder}' already holds {kind}; name another folder, or add --overwrite_output_dir True to "
-        "replace them\nor --resume_from_checkpoint True to go on from the last checkpoint"
-    )
+    kind = "an adapter" if (folder / WEIGHTS).exists() else "files"
+    remedy = "name another folder, or add --overwrite_output_dir True to replace what it holds"
+    if find_checkpoints(folder):
+        kind = "checkpoints"
+        remedy += "\nor --resume_from_checkpoint True to go on from the last checkpoint"
+    fail(f"--output_dir '{folder}' already holds {kind}; {remedy}")
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
