@@ -179,14 +179,16 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
                 f"the adapter was trained on a base model in {names[info['quantization']]} and now runs on "
                 f"one in {names[quantization]}; its answers may be a little worse"
             )
-    config = PeftConfig.from_pretrained(adapter_path)
-    config.inference_mode = True
     try:
+        config = PeftConfig.from_pretrained(adapter_path)
+        config.inference_mode = True
         if config.peft_type == PeftType.PROMPT_TUNING:
             model = SoftPromptModel(model, config)
             model.load_adapter(adapter_path, "default")
         else:
             model = PeftModel.from_pretrained(model, adapter_path, config=config)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        fail(f"'{adapter_path}' does not fit this base model: {str(error).splitlines()[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # what PEFT says of names and shapes that the model has not
+        fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
     return model.eval()

@@ -205,6 +205,19 @@ def test_precision_without_cuda(base_path: str) -> None:
     assert dtypes == {(True, torch.float32), (False, torch.float16)}
 
 
+def test_defaults_are_set_and_not_inherited(tmp_path: Path) -> None:
+    """Trap 33: transformers 5 takes the checkpoint's dtype and logs every 500 steps."""
+    from arguments import parse_arguments
+    from common import load_model, training_dtype
+
+    path = save_checkpoint(tmp_path / "half", make_tokenizer(), make_model().half())
+    flags = ["--model_path", path, "--output_dir", "no/such/folder"]
+    model_args, _, _, training_args = parse_arguments(train_lora.LoraArguments, None, flags)
+    assert load_model(model_args, training_dtype(training_args), torch.device("cpu")).dtype == torch.float32
+    assert training_args.logging_steps == 10 and training_args.logging_first_step
+    assert training_args.report_to == []
+
+
 def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Trap 19: the Trainer would wrap the model in DataParallel."""
     from arguments import parse_arguments
