@@ -104,7 +104,14 @@ class DataArguments:
     )
     eval_data_path: str | None = field(
         default=None,
-        metadata={"help": "rows for the evaluation loss, every epoch unless --eval_strategy says otherwise"},
+        metadata={
+            "help": "rows to evaluate on: the loss every epoch, unless --eval_strategy says otherwise, and the metrics "
+            "at the end"
+        },
+    )
+    eval_metrics: bool = field(
+        default=True,
+        metadata={"help": "answer the rows of eval_data_path after training, and print how good the answers are"},
     )
     max_length: int = field(default=1024, metadata={"help": "longest row, in tokens; longer rows are cut at the end"})
     prompt_format: str = field(
@@ -158,6 +165,11 @@ def parse_arguments(
     flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
     if flags.eval_data_path and flags.eval_strategy == "no":
         flags.eval_strategy = "epoch"
+    if flags.load_best_model_at_end:
+        if not flags.eval_data_path:
+            fail("--load_best_model_at_end needs rows that tell which is the best: add --eval_data_path data/test.json")
+        if flags.save_strategy == "steps":
+            flags.save_strategy = flags.eval_strategy  # there must be a checkpoint of what was evaluated
     model_args, data_args, method_args, training_args = parser.to_dataclasses(flags)
 
     if training_args.label_smoothing_factor:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,16 +27,18 @@ from arguments import DataArguments, ModelArguments
 from checkpoints import CompleteCheckpoints, find_resume_checkpoint, remove_checkpoints
 from collators import IGNORE_INDEX, FlattenCollator, PadCollator, can_flatten
 from console import fail, say
+from generation import MAX_NEW_TOKENS, answer_in_batches, encode_question, make_generation_config
 from guards import NotFiniteGuard
+from labels import labels_by_task
+from metrics import METRICS, report
 from prompts import (
-    Message,
     encode_messages,
-    join_input,
     mark_answers,
     prompt_format,
     set_prompt_format,
     split_turns,
     stop_token_ids,
+    to_messages,
 )
 from rows import load_rows
 
@@ -67,7 +70,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             model_args.model_path,
             dtype=dtype,
             device_map={"": device} if device.type == "cuda" else None,
@@ -76,6 +79,8 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
         )
     except (OSError, ValueError) as error:
         fail(f"--model_path '{model_args.model_path}': the model can not be loaded: {first_line(error)}")
+    model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generation.py
+    return model
 
 
 def check_model_path(model_path: str) -> None:
@@ -115,16 +120,6 @@ def preprocess_function(
     input_ids, labels = encode_messages(to_messages(row, tokenizer), tokenizer)
     input_ids, labels = input_ids[:max_length], labels[:max_length]
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
-
-
-def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """A row as a conversation, for training and for inference (where there is no output)."""
-    if "messages" in row:
-        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-    messages = [{"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)}]
-    if "output" in row:
-        messages.append({"role": "assistant", "content": row["output"]})
-    return messages
 
 
 def build_dataset(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset | None:
@@ -186,6 +181,7 @@ def train(
         "quantization": "nf4" if model_args.load_in_4bit else None,
         "prompt_format": prompt_format(tokenizer),
         "stop_token_ids": stop_token_ids(tokenizer),
+        "labels": labels_by_task(load_rows(data_args.data_path)),
         **describe_run(data_args.data_path),
     }
     files = {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
@@ -209,6 +205,7 @@ def train(
     )
     if data_args.overwrite_output_dir and training_args.should_save:
         remove_checkpoints(training_args.output_dir)
+        Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
     start = adapter_state(model)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save:
@@ -220,9 +217,30 @@ def train(
     tokens_per_second = result.metrics["train_samples_per_second"] * tokens_per_row
     say(
         f"trained in {result.metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
-        f"peak memory {peak_memory() / 2**30:.2f} GiB; saved in {training_args.output_dir}. Try it:"
+        f"peak memory {peak_memory() / 2**30:.2f} GiB; saved in {training_args.output_dir}"
     )
+    if eval_dataset and data_args.eval_metrics and training_args.should_save:
+        evaluate_answers(model, tokenizer, data_args, training_args)
+    say("Try it:")
     say(f'python inference.py --adapter_path {training_args.output_dir} --instruction "翻译为英文" --input "早安"')
+
+
+def evaluate_answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: TrainingArguments
+) -> None:
+    """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
+    model.eval()  # no dropout, and no gradient checkpointing, in which generation goes wrong
+    rows = load_rows(data_args.eval_data_path)
+    prompts = [encode_question(row, tokenizer) for row in rows]
+    config = make_generation_config(tokenizer, MAX_NEW_TOKENS)
+    predictions: dict[int, dict[str, Any]] = {}
+    with tqdm(total=len(rows), desc=f"answering {data_args.eval_data_path}", disable=training_args.disable_tqdm) as bar:
+        batch_size = training_args.per_device_eval_batch_size
+        for numbers, batch in answer_in_batches(model, tokenizer, prompts, batch_size, config):
+            predictions.update(zip(numbers, batch, strict=True))
+            bar.update(len(numbers))
+    in_order = [predictions[number] for number in range(len(rows))]
+    report(rows, in_order, Path(training_args.output_dir, METRICS), data_path=data_args.eval_data_path)
 
 
 def count_trainable(model: PeftModel) -> None:

@@ -1,33 +1,46 @@
-"""Answer with a saved adapter: one instruction, or a file of rows.
+"""Answer with a saved adapter: one instruction, a file of rows, or a chat.
 
     python inference.py                                      # the first rows of data/test.json
     python inference.py --adapter_path outputs/lora --instruction "翻译为英文" --input "早安"
     python inference.py --adapter_path outputs/lora --data_path data/test.json --output_file predictions.jsonl
+    python inference.py --adapter_path outputs/lora --data_path data/test.json --tasks sentiment --labels auto
+    python inference.py --adapter_path outputs/lora --interactive True
 
 Base model, prompt format, quantisation and stop tokens come from what was saved beside the adapter.
 """
 
+import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from adapters import TEMPLATE, load_adapter, read_adapter
+from adapters import TEMPLATE, WEIGHTS, load_adapter, read_adapter
 from arguments import ModelArguments, ScriptParser
-from common import load_model, load_tokenizer, to_messages
+from chat import chat
+from common import load_model, load_tokenizer
 from console import fail, say, warn
-from metrics import format_scores, score
-from prompts import clean_answer, encode_messages, stop_token_ids
-from rows import load_rows
-from soft_prompts import SoftPromptModel
+from generation import (
+    MAX_NEW_TOKENS,
+    AnswerStreamer,
+    answer_in_batches,
+    encode_question,
+    generate,
+    make_generation_config,
+)
+from labels import choose_labels, classify_in_batches
+from metrics import METRICS, report
+from predictions import Predictions
+from rows import load_rows, question
 
 DEFAULT_ADAPTER = "outputs/lora"
 DEFAULT_ROWS = "data/test.json"
+SAMPLE_ROWS = 8
 
 
 @dataclass
@@ -43,32 +56,54 @@ class InferenceArguments:
     )
     instruction: str | None = field(default=None, metadata={"help": "one instruction to answer"})
     input: str = field(default="", metadata={"help": "the text that the instruction speaks of"})
+    interactive: bool = field(default=False, metadata={"help": "chat in the terminal"})
     data_path: str | None = field(default=None, metadata={"help": "rows to answer, JSON list or JSON Lines"})
     tasks: str | None = field(default=None, metadata={"help": "only rows whose 'task' is one of these, commas between"})
-    output_file: str | None = field(default=None, metadata={"help": "where the answered rows go, as JSON Lines"})
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": "where the answered rows go, as JSON Lines, and metrics.json beside them"},
+    )
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "answer with the most probable of these words, commas between, and its probability; auto: the "
+            "label words of the training data"
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": "rows answered at once"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
+    max_new_tokens: int = field(default=MAX_NEW_TOKENS, metadata={"help": "longest answer, in tokens"})
+    do_sample: bool = field(default=False, metadata={"help": "draw tokens at random instead of the most probable one"})
+    temperature: float = field(default=1.0, metadata={"help": "sampling: below 1 prefers probable tokens"})
+    top_p: float = field(default=1.0, metadata={"help": "sampling: only the tokens that make up this probability"})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "above 1 avoids tokens the answer already holds"})
+    seed: int = field(default=42, metadata={"help": "sampling: the same seed draws the same answers"})
+
+    def __post_init__(self) -> None:
+        asked = {"--instruction": self.instruction is not None, "--data_path": bool(self.data_path)}
+        asked = [flag for flag, given in (asked | {"--interactive": self.interactive}).items() if given]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} ask in different ways: leave out all but one")
+        if self.output_file and not self.data_path:
+            raise ValueError("--output_file needs --data_path, the rows to answer")
+        for flag in ("batch_size", "max_new_tokens"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        if self.interactive and self.labels:
+            raise ValueError("--labels does not go with --interactive: give an --instruction or a --data_path")
+        if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
+            raise ValueError("--temperature and --top_p are for sampling: add --do_sample True")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
 
 
 def parse_inference_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, InferenceArguments]:
     parser = ScriptParser((ModelArguments, InferenceArguments), __doc__)
     parser.set_defaults(model_path=None, load_in_4bit=None)  # known to the adapter
     model_args, args = parser.to_dataclasses(parser.parse_flags(argv))
-    if args.instruction is not None and args.data_path:
-        fail("--instruction asks one question and --data_path a file of them: leave one of them out")
-    if args.output_file and not args.data_path:
-        fail("--output_file needs --data_path, the rows to answer")
     if args.output_file and Path(args.output_file).exists():
         fail(f"--output_file '{args.output_file}' already exists; name another file, or remove it")
-    for flag in ("batch_size", "max_new_tokens"):
-        if getattr(args, flag) < 1:
-            fail(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if (
-        args.adapter_path is None
-        and model_args.model_path is None
-        and Path(DEFAULT_ADAPTER, "adapter_config.json").exists()
-    ):
-        args.adapter_path = DEFAULT_ADAPTER
+    default_adapter = Path(DEFAULT_ADAPTER, WEIGHTS).exists() and model_args.model_path is None
+    args.adapter_path = args.adapter_path or (DEFAULT_ADAPTER if default_adapter else "none")
     if args.adapter_path == "none":
         args.adapter_path = None
     return model_args, args
@@ -76,8 +111,12 @@ def parse_inference_arguments(argv: list[str] | None = None) -> tuple[ModelArgum
 
 def load_for_inference(
     model_args: ModelArguments, adapter_path: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base model with the adapter as it was trained; what `model_args` says comes first."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Load the base model with the adapter as it was trained; what `model_args` says comes first.
+
+    Returns:
+        model, tokenizer, and the contents of adapter_info.json.
+    """
     config, info = read_adapter(adapter_path) if adapter_path else ({}, {})
     if adapter_path and not info:
         warn(f"'{adapter_path}' was not saved by this project: prompt format and base model can not be checked")
@@ -90,107 +129,112 @@ def load_for_inference(
     if adapter_path and Path(adapter_path, TEMPLATE).is_file():
         tokenizer.chat_template = Path(adapter_path, TEMPLATE).read_text(encoding="utf-8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = info["base_fingerprint"]["dtype"] if info else "float16"
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, trained)
+    trained_in_bf16 = info and info["base_fingerprint"]["dtype"] == "bfloat16"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if trained_in_bf16 else torch.float16
     model = load_model(model_args, dtype, device)
-    return (load_adapter(model, adapter_path, info) if adapter_path else model.eval()), tokenizer
+    return (load_adapter(model, adapter_path, info) if adapter_path else model.eval()), tokenizer, info
 
 
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> tuple[list[str], int]:
-    """Answer a batch of prompts greedily.
+def describe_settings(model_args: ModelArguments, args: InferenceArguments) -> dict[str, Any]:
+    """All that the predictions for a data file depend on."""
+    files = {"data_sha256": Path(args.data_path or DEFAULT_ROWS)}
+    if args.adapter_path:
+        files["adapter_sha256"] = Path(args.adapter_path, WEIGHTS)
+    names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
+    return {
+        "model_path": model_args.model_path,
+        "load_in_4bit": model_args.load_in_4bit,
+        **{name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
+        **{name: getattr(args, name) for name in names},
+    }
 
-    Args:
-        prompts: token ids, of any lengths.
 
-    Returns:
-        the answers, and how many of them were cut off at `max_new_tokens` without a stop token.
-    """
-    stop_ids = stop_token_ids(tokenizer)
-    if isinstance(model, SoftPromptModel):
-        prompts = [model.virtual_tokens + ids for ids in prompts]
-    length = max(map(len, prompts))
-    input_ids = torch.tensor([[stop_ids[0]] * (length - len(ids)) + ids for ids in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    # A fresh configuration: those of Instruct models ask for sampling.
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
-    )
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
-    answers, cut = [], 0
-    for ids in output[:, length:].tolist():
-        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
-        cut += end is None
-        answers.append(clean_answer(tokenizer.decode(ids[:end]), tokenizer))
-    return answers, cut
+def read_questions(args: InferenceArguments) -> list[dict[str, Any]]:
+    """The rows to answer: the one instruction, the file's, or those of the sample data that show what is to be had."""
+    if args.instruction is not None:
+        row = {"instruction": args.instruction, "input": args.input}
+        return [row | {"task": args.tasks} if args.tasks else row]
+    path = args.data_path or DEFAULT_ROWS
+    rows = load_rows(path, output_required=False)
+    if args.tasks:
+        rows = [row for row in rows if row.get("task") in args.tasks.split(",")]
+        if not rows:
+            fail(f"--tasks {args.tasks}: {path} has no row with such a 'task'")
+    return rows if args.data_path else rows[:SAMPLE_ROWS]
+
+
+def answer_instruction(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    labels: list[tuple[str, ...]] | None,
+    config: GenerationConfig,
+) -> None:
+    """Print an answer, on a terminal while it is generated; or the labels with their probabilities, the best first."""
+    prompt = encode_question(row, tokenizer)
+    if labels:
+        _, [prediction] = next(classify_in_batches(model, tokenizer, [prompt], labels, batch_size=1))
+        for label, probability in prediction["probabilities"].items():
+            print(f"{label}\t{probability:.4f}")
+        return
+    streamer = AnswerStreamer(tokenizer, lambda text: print(text, end="", flush=True)) if sys.stdout.isatty() else None
+    answer = generate(model, tokenizer, [prompt], config, streamer)[0]
+    print("" if streamer else answer.text)
+    if answer.cut:
+        warn(f"the answer was cut at {config.max_new_tokens} tokens (--max_new_tokens)")
 
 
 def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """Answer rows in batches of similar length, and return the answers in the rows' order."""
-    prompts = [encode_messages(to_messages(question(row), tokenizer), tokenizer)[0] for row in rows]
-    order = sorted(range(len(rows)), key=lambda number: len(prompts[number]), reverse=True)
-    answers = [""] * len(rows)
-    cut = 0
-    with tqdm(total=len(rows), desc="answering", unit="row", disable=len(rows) <= batch_size) as bar:
-        for start in range(0, len(rows), batch_size):
-            numbers = order[start : start + batch_size]
-            texts, cut_here = generate(model, tokenizer, [prompts[number] for number in numbers], max_new_tokens)
-            for number, text in zip(numbers, texts, strict=True):
-                answers[number] = text
-            cut += cut_here
-            bar.update(len(numbers))
-    if cut:
-        warn(f"{cut} of {len(rows)} answers were cut off at {max_new_tokens} tokens (--max_new_tokens)")
-    return answers
-
-
-def question(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the answer it may hold."""
-    if "messages" in row:
-        messages = row["messages"]
-        return {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
-    return {name: value for name, value in row.items() if name != "output"}
+    labels: list[tuple[str, ...]] | None,
+    config: GenerationConfig,
+    args: InferenceArguments,
+    settings: dict[str, Any],
+) -> None:
+    """Answer a file's rows; print or write them, and print how good the answers are."""
+    predictions = Predictions(args.output_file, settings)
+    todo = [number for number in range(len(rows)) if number not in predictions.by_row]
+    prompts = [encode_question(rows[number], tokenizer) for number in todo]
+    if labels:
+        own_labels = [labels[number] for number in todo]
+        batches = classify_in_batches(model, tokenizer, prompts, own_labels, args.batch_size)
+    else:
+        batches = answer_in_batches(model, tokenizer, prompts, args.batch_size, config)
+    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="answering", unit="row") as bar:
+        for places, batch in batches:
+            predictions.add([todo[place] for place in places], batch)
+            bar.update(len(places))
+    answered = predictions.finish(rows)
+    if not args.output_file:
+        for row in answered:
+            print(json.dumps(question(row), ensure_ascii=False))
+    metrics_file = Path(args.output_file).with_name(METRICS) if args.output_file else None
+    in_order = [predictions.by_row[number] for number in range(len(rows))]
+    report(rows, in_order, metrics_file, adapter_path=args.adapter_path, data_path=args.data_path)
+    if args.output_file:
+        say(f"answers are in {args.output_file}, scores in {metrics_file}")
 
 
 def main() -> None:
     model_args, args = parse_inference_arguments()
-    if args.instruction is not None:
-        rows = [{"instruction": args.instruction, "input": args.input}]
-    else:
-        rows = load_rows(args.data_path or DEFAULT_ROWS, output_required=False)
-    if args.tasks:
-        rows = [row for row in rows if row.get("task") in args.tasks.split(",")]
-        if not rows:
-            fail(f"--tasks {args.tasks}: {args.data_path} has no row with such a 'task'")
-    if args.instruction is None and not args.data_path:
-        rows = rows[:8]
-    model, tokenizer = load_for_inference(model_args, args.adapter_path)
-    answers = answer_rows(model, tokenizer, rows, args.batch_size, args.max_new_tokens)
-
-    if args.instruction is not None:
-        print(answers[0])
-        return
-    if args.output_file:
-        with open(args.output_file, "x", encoding="utf-8") as file:
-            for row, answer in zip(rows, answers, strict=True):
-                file.write(json.dumps(row | {"prediction": answer}, ensure_ascii=False) + "\n")
-        say(f"{len(rows)} answers written to {args.output_file}")
-    else:
-        for row, answer in zip(rows, answers, strict=True):
-            print(json.dumps(question(row) | {"prediction": answer}, ensure_ascii=False))
-    if all("output" in row for row in rows):
-        if find_spec("sacrebleu"):
-            print(format_scores(score(rows, answers)))
+    rows = [] if args.interactive else read_questions(args)
+    model, tokenizer, info = load_for_inference(model_args, args.adapter_path)
+    labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None
+    config = make_generation_config(
+        tokenizer, args.max_new_tokens, args.do_sample, args.temperature, args.top_p, args.repetition_penalty
+    )
+    set_seed(args.seed)
+    try:
+        if args.interactive:
+            chat(model, tokenizer, config)
+        elif args.instruction is not None:
+            answer_instruction(model, tokenizer, rows[0], labels, config)
         else:
-            warn("no scores without sacrebleu: pip install sacrebleu")
+            answer_rows(model, tokenizer, rows, labels, config, args, describe_settings(model_args, args))
+    except KeyboardInterrupt:
+        fail("stopped" + ("; the same command goes on from here" if args.output_file else ""), 130)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ PLAIN_TEMPLATE = (
 {%- endfor %}
 """
 )
+PLAIN_ANSWER = "\nOutput:"  # how a plain answer begins, before its first space
 
 # What Qwen models end on. A base model reloads with <|endoftext|> alone: generation is always given both (Qwen3#927).
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -57,6 +58,16 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def prompt_format(tokenizer: PreTrainedTokenizerBase) -> str:
     """The name of the tokenizer's format: 'plain' or 'chat'."""
     return "plain" if tokenizer.chat_template.startswith(PLAIN_MARK) else "chat"
+
+
+def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """A row as a conversation, for training and for inference (where there is no output)."""
+    if "messages" in row:
+        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+    messages = [{"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)}]
+    if "output" in row:
+        messages.append({"role": "assistant", "content": row["output"]})
+    return messages
 
 
 def join_input(instruction: str, input_text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -187,4 +198,4 @@ def mark_answers(input_ids: list[int], labels: list[int], tokenizer: PreTrainedT
 
 def clean_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A generated answer without what only belongs to the format."""
-    return (text.removeprefix("\nOutput:") if prompt_format(tokenizer) == "plain" else text).strip()
+    return (text.removeprefix(PLAIN_ANSWER) if prompt_format(tokenizer) == "plain" else text).strip()

@@ -11,6 +11,7 @@ from typing import Any
 
 from console import fail
 
+NO_TASK = "rows"
 ROLES = ("system", "user", "assistant")
 EXAMPLE = '{"instruction": "翻译为英文", "input": "你好", "output": "Hello"}'
 
@@ -38,6 +39,30 @@ def load_rows(path: str, output_required: bool = True) -> list[dict[str, Any]]:
             row["input"] = row.get("input") or ""
         rows.append(row)
     return rows
+
+
+def question(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the answer it may hold."""
+    if expected_answer(row) is None:
+        return row
+    if "messages" in row:
+        return row | {"messages": row["messages"][:-1]}
+    return {name: value for name, value in row.items() if name != "output"}
+
+
+def expected_answer(row: dict[str, Any]) -> str | None:
+    """The answer that a row holds: its output, or its last message if that is the assistant's."""
+    if "messages" in row:
+        return row["messages"][-1]["content"] if row["messages"][-1]["role"] == "assistant" else None
+    return row.get("output")
+
+
+def by_task(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The numbers of the rows of each `task`, in order of appearance; rows without one are under NO_TASK."""
+    tasks: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        tasks.setdefault(str(row.get("task", NO_TASK)), []).append(number)
+    return tasks
 
 
 def read_text(path: str) -> str:

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENDOFTEXT, IM_END, make_model, make_tokenizer, save_checkpoint
+from conftest import make_model, make_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import inference
 import train_lora
 from adapters import base_fingerprint, compare_fingerprints
-from prompts import encode_messages, set_prompt_format
 
 Run = Callable[..., str]
 
@@ -49,7 +47,7 @@ def test_one_instruction(run: Run, adapter_path: str) -> None:
 def test_batches_answer_as_single_rows(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
     outputs = []
     for batch_size in (1, 5, 16):
-        file = tmp_path / f"{batch_size}.jsonl"
+        file = tmp_path / "new" / f"{batch_size}.jsonl"
         flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--output_file", file]
         printed = run(*flags, "--batch_size", batch_size)
         outputs.append([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
@@ -60,49 +58,11 @@ def test_batches_answer_as_single_rows(run: Run, adapter_path: str, rows_path: s
     assert len({row["prediction"] for row in outputs[0]}) > 1
 
 
-class Force(LogitsProcessor):
-    """Makes the model say some tokens in turn."""
-
-    def __init__(self, start: int, tokens: list[int]) -> None:
-        self.start, self.tokens = start, tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:] = -torch.inf
-        scores[:, self.tokens[input_ids.shape[1] - self.start]] = 0
-        return scores
-
-
-@pytest.mark.parametrize("stop", [ENDOFTEXT, IM_END])
-def test_both_stop_tokens_end_an_answer(stop: int) -> None:
-    """Trap 2: the model's own generation configuration names <|endoftext|> alone."""
-    model, tokenizer = make_model(), make_tokenizer()
-    set_prompt_format(tokenizer, "auto")
-    prompt = encode_messages([{"role": "user", "content": "a"}], tokenizer)[0]
-    assert model.generation_config.eos_token_id == ENDOFTEXT
-    generate = model.generate
-    forced = LogitsProcessorList([Force(len(prompt), [*b"\nOutput: ok", stop, *b"never"])])
-    outputs = []
-    model.generate = lambda **kwargs: outputs.append(generate(**kwargs, logits_processor=forced)) or outputs[-1]
-    answers, cut = inference.generate(model, tokenizer, [prompt], max_new_tokens=16)
-    assert (answers, cut) == (["ok"], 0)
-    assert outputs[0][0, len(prompt) :].tolist() == [*b"\nOutput: ok", stop]  # nothing was generated behind it
-    assert inference.generate(model, tokenizer, [prompt], max_new_tokens=5)[1] == 1
-
-
-def test_answers_are_greedy_even_where_the_model_asks_for_sampling() -> None:
-    """Trap 46: Instruct models come with do_sample=True."""
-    model, tokenizer = make_model(), make_tokenizer()
-    set_prompt_format(tokenizer, "auto")
-    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
-    answers = {inference.generate(model, tokenizer, [[1, 2, 3]], max_new_tokens=8)[0][0] for _ in range(5)}
-    assert len(answers) == 1
-
-
 def test_checkpointing_and_dropout_are_off(adapter_path: str, base_path: str) -> None:
     """Trap 16."""
     from arguments import ModelArguments
 
-    model, _ = inference.load_for_inference(ModelArguments(model_path=None, load_in_4bit=None), adapter_path)
+    model, *_ = inference.load_for_inference(ModelArguments(model_path=None, load_in_4bit=None), adapter_path)
     assert not any(module.training for module in model.modules())
     assert not model.get_base_model().is_gradient_checkpointing
 
@@ -191,15 +151,34 @@ def test_adapter_with_nan_or_of_another_shape(run: Run, adapter_path: str, tmp_p
     assert "adapter_model.safetensors" in run("--adapter_path", folder, "--instruction", "a", expected=2)
 
 
-def test_mistakes(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
-    flags = ["--adapter_path", adapter_path]
-    assert "--data_path" in run(*flags, "--instruction", "a", "--data_path", rows_path, expected=2)
-    assert "--data_path" in run(*flags, "--output_file", tmp_path / "out.jsonl", expected=2)
-    assert "--batch_size" in run(*flags, "--batch_size", 0, expected=2)
-    assert "--tasks" in run(*flags, "--data_path", rows_path, "--tasks", "none", expected=2)
+BAD_FLAGS = {
+    "two questions": (["--instruction", "a", "--data_path", "ROWS"], "--instruction and --data_path"),
+    "chat and rows": (["--interactive", "True", "--data_path", "ROWS"], "--data_path and --interactive"),
+    "chat and labels": (["--interactive", "True", "--labels", "a,b"], "--labels"),
+    "output without rows": (["--output_file", "out.jsonl"], "--data_path"),
+    "no batch": (["--batch_size", "0"], "--batch_size"),
+    "no tokens": (["--max_new_tokens", "0"], "--max_new_tokens"),
+    "unknown task": (["--data_path", "ROWS", "--tasks", "none"], "--tasks"),
+    "temperature without sampling": (["--temperature", "0.7"], "--do_sample True"),
+    "cold": (["--do_sample", "True", "--temperature", "0"], "--temperature"),
+    "top_p": (["--do_sample", "True", "--top_p", "1.5"], "--top_p"),
+    "one label": (["--instruction", "a", "--labels", "yes"], "two or more"),
+    "a label twice": (["--instruction", "a", "--labels", "yes,no,yes"], "different"),
+    "no known labels": (["--instruction", "a", "--labels", "auto"], "--labels 正面,负面"),
+    "output in a file": (["--data_path", "ROWS", "--output_file", "ROWS/out.jsonl"], "can not be written"),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_mistakes(run: Run, adapter_path: str, rows_path: str, flags: list[str], words: str) -> None:
+    flags = [flag.replace("ROWS", rows_path) for flag in flags]
+    assert words in run("--adapter_path", adapter_path, *flags, expected=2)
+
+
+def test_output_file_is_not_replaced(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
     taken = tmp_path / "taken.jsonl"
     taken.write_text("mine", encoding="utf-8")
-    message = run(*flags, "--data_path", rows_path, "--output_file", taken, expected=2)
+    message = run("--adapter_path", adapter_path, "--data_path", rows_path, "--output_file", taken, expected=2)
     assert "taken.jsonl" in message and taken.read_text(encoding="utf-8") == "mine"
 
 
@@ -215,6 +194,87 @@ def test_answers_do_not_need_the_scorer(
     run: Run, adapter_path: str, rows_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The contract's pip command does not install sacrebleu."""
-    monkeypatch.setattr("inference.find_spec", lambda name: None)
+    monkeypatch.setattr("metrics.find_spec", lambda name: None)
     printed = run("--adapter_path", adapter_path, "--data_path", rows_path)
     assert printed.count('"prediction"') == 12 and "exact match" not in printed
+
+
+def test_cut_answers_are_counted(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--output_file", file, "--max_new_tokens", 1]
+    assert "12 rows answered, 12 of the answers cut" in run(*flags)
+    assert all(json.loads(line)["cut"] for line in file.read_text(encoding="utf-8").splitlines())
+    saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert saved["cut"] == saved["rows"] == saved["scores"]["rows"]["rows"] == 12
+
+
+# ---- an interrupted run goes on
+
+
+def test_interrupted_file_goes_on(
+    run: Run, adapter_path: str, rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was answered stays, is not answered again, and half a line is dropped."""
+    flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--batch_size", 2, "--output_file"]
+    run(*flags, tmp_path / "whole.jsonl")
+    asked = []
+    generate = inference.answer_in_batches
+
+    def stop_after_three(model, tokenizer, prompts, *rest):  # noqa: ANN001, ANN202
+        asked.append(len(prompts))
+        for number, batch in enumerate(generate(model, tokenizer, prompts, *rest)):
+            if len(asked) == 1 and number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(inference, "answer_in_batches", stop_after_three)
+    out = tmp_path / "out.jsonl"
+    assert "the same command goes on from here" in run(*flags, out, expected=130)
+    partial = tmp_path / "out.jsonl.partial"
+    assert not out.exists() and len(partial.read_text(encoding="utf-8").splitlines()) == 1 + 6
+    assert "max_new_tokens 8, not 9" in run(*flags, out, "--max_new_tokens", 9, expected=2)
+    with open(partial, "ab") as file:
+        file.write(b'{"row": 11, "predi')
+    assert "going on after 6 rows" in run(*flags, out)
+    assert asked == [12, 6] and not partial.exists()
+    assert out.read_text(encoding="utf-8") == (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
+
+
+# ---- labels
+
+
+def test_labels_of_an_instruction(run: Run, adapter_path: str) -> None:
+    printed = run("--adapter_path", adapter_path, "--instruction", "Say sun", "--labels", "sun, rain，storm")
+    labels, probabilities = zip(*(line.split("\t") for line in printed.splitlines()), strict=True)
+    assert sorted(labels) == ["rain", "storm", "sun"]
+    assert list(probabilities) == sorted(probabilities, reverse=True)
+    assert sum(map(float, probabilities)) == pytest.approx(1, abs=2e-4)
+
+
+def test_labels_of_the_training_data(run: Run, base_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--labels auto: each task's own words, saved beside the adapter; tasks with other answers have none."""
+    words = {"weather": ["sun", "rain"], "mood": ["glad", "sad", "calm"]}
+    rows = [
+        {"instruction": f"What is {n}?", "output": own[n % len(own)], "task": task}
+        for task, own in words.items()
+        for n in range(10)
+    ]
+    rows += [{"instruction": f"Say {n}", "output": str(n), "task": "speech"} for n in range(5)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    out = train(monkeypatch, base_path, str(path), tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter_info.json").read_text(encoding="utf-8"))["labels"] == words
+    flags = ["--adapter_path", out, "--labels", "auto"]
+    message = run(*flags, "--data_path", path, expected=2)
+    assert "row 21 is of task 'speech'" in message and "--tasks weather,mood" in message
+    file = tmp_path / "answers.jsonl"
+    printed = run(*flags, "--data_path", path, "--tasks", "mood,weather", "--output_file", file)
+    assert "| weather: right answer | sun | rain | (other) |" in printed
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [answer["task"] for answer in answers] == ["weather"] * 10 + ["mood"] * 10
+    for answer in answers:
+        assert answer["prediction"] in words[answer["task"]]
+        assert set(answer["probabilities"]) == set(words[answer["task"]])
+        assert answer["probabilities"][answer["prediction"]] == max(answer["probabilities"].values())
+    assert "names no 'task'" in run(*flags, "--instruction", "How?", expected=2)
+    assert len(run(*flags, "--instruction", "How?", "--tasks", "mood").splitlines()) == 3

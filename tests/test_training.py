@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
+import inference
 import train_lora
 from adapters import adapter_state, save_adapter
 from arguments import ModelArguments
@@ -166,6 +167,24 @@ def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_
 def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
     printed = run(*flags, "--eval_data_path", rows_path, "--eval_strategy", "steps", "--eval_steps", 3)
     assert printed.count("'eval_loss'") == 2
+    assert run(*flags, "--output_dir", tmp_path / "two", "--eval_data_path", rows_path).count("'eval_loss'") == 2
+
+
+def test_metrics_at_the_end(
+    run: Run, run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores of the saved adapter: those that inference.py gives, with dropout and checkpointing off (trap 16)."""
+    monkeypatch.setattr("common.MAX_NEW_TOKENS", 8)
+    flags = [*flags, "--eval_data_path", rows_path, "--load_best_model_at_end", "True", "--learning_rate", "0.05"]
+    flags += ["--gradient_checkpointing", "True", "--lora_dropout", "0.5"]
+    printed = run(*flags)
+    assert "| rows | 12 | " in printed
+    own = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
+    words = f"--adapter_path {tmp_path}/out --data_path {rows_path} --output_file {tmp_path}/answers.jsonl"
+    run_main(inference, *words.split(), "--max_new_tokens", 8)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["scores"] == own["scores"]
+    run(*flags, "--overwrite_output_dir", True, "--eval_metrics", False)
+    assert not (tmp_path / "out/metrics.json").exists()  # it would speak of another adapter
 
 
 def test_nothing_trained_is_an_error(run: Run, flags: list[str], tmp_path: Path) -> None:
@@ -346,7 +365,11 @@ BAD_FLAGS = {
     "old name, warmup": (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
     "no rows to evaluate": (["--eval_strategy", "epoch"], ["--eval_strategy", "--eval_data_path"]),
     "label smoothing": (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
-    "bad combination": (["--load_best_model_at_end", "True"], ["load_best_model_at_end"]),
+    "best of nothing": (["--load_best_model_at_end", "True"], ["--load_best_model_at_end", "--eval_data_path"]),
+    "bad combination": (
+        "--load_best_model_at_end True --eval_data_path ROWS --eval_strategy steps --save_strategy epoch".split(),
+        ["load_best_model_at_end requires the save and eval strategy to match"],
+    ),
     "resume from nothing": (["--resume_from_checkpoint", "True"], ["--resume_from_checkpoint"]),
     "resume and overwrite": (
         ["--resume_from_checkpoint", "True", "--overwrite_output_dir", "True"],
@@ -356,8 +379,10 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize(("words", "parts"), BAD_FLAGS.values(), ids=BAD_FLAGS)
-def test_mistakes(run: Run, flags: list[str], tmp_path: Path, words: list[str], parts: list[str]) -> None:
-    message = run(*flags, *words, expected=2)
+def test_mistakes(
+    run: Run, flags: list[str], rows_path: str, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    message = run(*flags, *[word.replace("ROWS", rows_path) for word in words], expected=2)
     for part in parts:
         assert part in message
     assert not (tmp_path / "out").exists()

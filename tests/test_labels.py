@@ -1,0 +1,80 @@
+"""labels.py: the score of a label is that of a forward of its own, at a fraction of the cost."""
+
+import time
+
+import pytest
+import torch
+from conftest import ENDOFTEXT, make_model, make_tokenizer
+from test_prompt_tuning import make_soft
+
+from labels import classify_in_batches, encode_label, find_labels, score_labels
+from prompts import encode_messages, set_prompt_format
+
+LABELS = ["good", "goo", "bad", "neither good nor bad", "好", "好的", "?", "\n\n"]
+QUESTIONS = ["Is it?", "How was the food there, on the whole?", "a", "判断情感"]
+
+
+def brute_force(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float:
+    """One forward for each label: the sum of its tokens' log-probabilities."""
+    virtual = getattr(model, "virtual_tokens", [])
+    ids = torch.tensor([virtual + prompt + label])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+    chosen = logits.log_softmax(-1)[-len(label) - 1 : -1]
+    return chosen.gather(1, torch.tensor(label).unsqueeze(1)).sum().item()
+
+
+@pytest.mark.parametrize("eos", ["<|endoftext|>", "<|im_end|>"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"])
+def test_scores_equal_brute_force(model_type: str, soft: bool, eos: str) -> None:
+    tokenizer = make_tokenizer(eos)
+    set_prompt_format(tokenizer, "auto")
+    model = make_soft(model_type) if soft else make_model(model_type)
+    prompts = [encode_messages([{"role": "user", "content": text}], tokenizer)[0] for text in QUESTIONS]
+    labels = [encode_label(label, tokenizer) for label in LABELS]
+    expected = torch.tensor([[brute_force(model, prompt, label) for label in labels] for prompt in prompts])
+    scores = score_labels(model, prompts, labels, ENDOFTEXT)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+    choices = dict.fromkeys(range(len(prompts)))
+    for numbers, batch in classify_in_batches(model, tokenizer, prompts, [tuple(LABELS)] * len(prompts), 16):
+        choices |= dict(zip(numbers, batch, strict=True))
+    for number, row in enumerate(expected.softmax(1)):
+        assert choices[number]["prediction"] == LABELS[row.argmax()]
+        for label, probability in zip(LABELS, row.tolist(), strict=True):
+            assert choices[number]["probabilities"][label] == pytest.approx(probability, abs=1e-5)
+
+
+def test_label_is_scored_as_training_writes_it() -> None:
+    tokenizer = make_tokenizer()
+    set_prompt_format(tokenizer, "auto")
+    assert encode_label("yes", tokenizer) == [*b"\nOutput: yes", ENDOFTEXT]
+
+
+def test_eight_labels_cost_at_most_half_of_brute_force() -> None:
+    model = make_model(num_hidden_layers=4, hidden_size=128, intermediate_size=512, head_dim=32)
+    tokenizer = make_tokenizer()
+    set_prompt_format(tokenizer, "auto")
+    question = [{"role": "user", "content": "How was the food there, on the whole, would you say? " * 4}]
+    prompt = encode_messages(question, tokenizer)[0]
+    labels = [encode_label(label, tokenizer) for label in LABELS]
+    seconds = {"ours": 0.0, "brute force": 0.0}
+    for _ in range(10):
+        start = time.process_time()
+        score_labels(model, [prompt], labels, ENDOFTEXT)
+        middle = time.process_time()
+        for label in labels:
+            brute_force(model, prompt, label)
+        seconds["ours"] += middle - start
+        seconds["brute force"] += time.process_time() - middle
+    assert seconds["ours"] <= 0.5 * seconds["brute force"], seconds
+
+
+def test_what_counts_as_label_words() -> None:
+    assert find_labels(["yes", "no"] * 3) == ["yes", "no"]
+    assert find_labels(["yes", "no"] * 2 + ["no"]) is None  # too few rows to tell
+    assert find_labels(["yes"] * 9) is None
+    assert find_labels(["", "no"] * 9) is None
+    assert find_labels(["a whole sentence, which is no label word at all", "no"] * 9) is None
+    assert find_labels([str(n) for n in range(50)] * 3) and not find_labels([str(n) for n in range(51)] * 3)
