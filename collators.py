@@ -34,8 +34,8 @@ class FlattenCollator:
     Args:
         num_virtual_tokens: VIRTUAL_TOKEN ids to put in front of each row.
 
-    Returns, with T tokens in all and K supervised ones: `input_ids` and `position_ids` (1, T), and what
-    `supervised_only` adds.
+    Returns, with T tokens in all and K supervised ones: `input_ids` and `position_ids` (1, T), `row_lengths` (for
+    attention.py), and what `supervised_only` adds.
     """
 
     num_virtual_tokens: int = 0
@@ -46,7 +46,13 @@ class FlattenCollator:
         position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
         # A row's first label would be predicted by the last token of the row before: it is not supervised.
         labels = torch.tensor([[label for row in rows for label in [IGNORE_INDEX, *row["labels"][1:]]]])
-        return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **supervised_only(labels)}
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "row_lengths": [len(row["input_ids"]) for row in rows],
+            "use_cache": False,
+            **supervised_only(labels),
+        }
 
 
 @dataclass

@@ -24,12 +24,14 @@ from transformers import (
 
 from adapters import INFO, TEMPLATE, adapter_state, base_fingerprint, describe_run, save_adapter
 from arguments import DataArguments, ModelArguments
+from attention import row_attention
 from checkpoints import CompleteCheckpoints, find_resume_checkpoint, remove_checkpoints
 from collators import IGNORE_INDEX, FlattenCollator, PadCollator, can_flatten
 from console import fail, say
 from generation import MAX_NEW_TOKENS, answer_in_batches, encode_question, make_generation_config
 from guards import NotFiniteGuard
 from labels import labels_by_task
+from losses import chunked_loss
 from metrics import METRICS, report
 from prompts import (
     encode_messages,
@@ -189,7 +191,8 @@ def train(
     say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
     checkpoint = find_resume_checkpoint(training_args, model, info)
     virtual_tokens = getattr(model.active_peft_config, "num_virtual_tokens", 0)  # of a soft prompt
-    if can_flatten(model.config) and training_args.neftune_noise_alpha is None:  # its noise depends on the length
+    flatten = can_flatten(model.config) and training_args.neftune_noise_alpha is None  # whose noise depends on length
+    if flatten:
         collator = FlattenCollator(virtual_tokens)
     else:
         collator = PadCollator(stop_token_ids(tokenizer)[0], virtual_tokens)
@@ -207,7 +210,9 @@ def train(
         remove_checkpoints(training_args.output_dir)
         Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
     start = adapter_state(model)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    base = model.get_base_model()
+    with chunked_loss(base), row_attention(base, enabled=flatten):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save:
         save_adapter(model, training_args.output_dir, start, files)
         if not data_args.keep_checkpoints:

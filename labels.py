@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ ROWS_PER_LABEL = 3
 
 def find_labels(answers: list[str]) -> list[str] | None:
     """The label words that a task's answers are made of, in order of appearance; None where they are texts."""
-    labels = list(Counter(answers))
+    labels = list(dict.fromkeys(answers))
     few = 2 <= len(labels) <= MOST_LABELS and ROWS_PER_LABEL * len(labels) <= len(answers)
     return labels if few and all(0 < len(label) <= LONGEST_LABEL and "\n" not in label for label in labels) else None
 

@@ -37,6 +37,7 @@ def test_flattened_batch_literally() -> None:
     ]
     batch = FlattenCollator()(rows)
     assert batch.pop("use_cache") is False
+    assert batch.pop("row_lengths") == [3, 2]
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4, 5]],
         "position_ids": [[0, 1, 2, 0, 1]],
