@@ -125,6 +125,10 @@ class DataArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace the adapter and the checkpoints that --output_dir holds"}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "measure the memory that the longest rows need, and the time of the run; train nothing"},
+    )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "keep the checkpoints of a finished run; each is about three adapters large"}
     )
@@ -178,7 +182,7 @@ def parse_arguments(
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
     if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint goes on: leave one of them out")
-    told = data_args.overwrite_output_dir or training_args.resume_from_checkpoint
+    told = data_args.overwrite_output_dir or training_args.resume_from_checkpoint or data_args.dry_run
     check_output_dir(training_args.output_dir, told=bool(told))
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # or the Trainer would split each batch over all GPUs, in one slow process

@@ -2,11 +2,9 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -18,20 +16,17 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 
 from adapters import INFO, TEMPLATE, adapter_state, base_fingerprint, describe_run, save_adapter
 from arguments import DataArguments, ModelArguments
-from attention import row_attention
 from checkpoints import CompleteCheckpoints, find_resume_checkpoint, remove_checkpoints
-from collators import IGNORE_INDEX, FlattenCollator, PadCollator, can_flatten
+from collators import IGNORE_INDEX
 from console import fail, say
 from generation import MAX_NEW_TOKENS, answer_in_batches, encode_question, make_generation_config
-from guards import NotFiniteGuard
 from labels import labels_by_task
-from losses import chunked_loss
+from memory import GIB, memory_advice, peak_memory, print_plan
 from metrics import METRICS, report
 from prompts import (
     encode_messages,
@@ -43,6 +38,7 @@ from prompts import (
     to_messages,
 )
 from rows import load_rows
+from trainer import fast_steps, make_trainer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -189,30 +185,20 @@ def train(
     files = {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
     say(f"prompt format: {prompt_format(tokenizer)}; the first row, as the model reads it and learns to write it:")
     say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
-    checkpoint = find_resume_checkpoint(training_args, model, info)
-    virtual_tokens = getattr(model.active_peft_config, "num_virtual_tokens", 0)  # of a soft prompt
-    flatten = can_flatten(model.config) and training_args.neftune_noise_alpha is None  # whose noise depends on length
-    if flatten:
-        collator = FlattenCollator(virtual_tokens)
-    else:
-        collator = PadCollator(stop_token_ids(tokenizer)[0], virtual_tokens)
-        if training_args.train_sampling_strategy == "random":
-            training_args.train_sampling_strategy = "group_by_length"
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        callbacks=[NotFiniteGuard(), CompleteCheckpoints(files)],
-    )
-    if data_args.overwrite_output_dir and training_args.should_save:
-        remove_checkpoints(training_args.output_dir)
-        Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
-    start = adapter_state(model)
-    base = model.get_base_model()
-    with chunked_loss(base), row_attention(base, enabled=flatten):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = None if data_args.dry_run else find_resume_checkpoint(training_args, model, info)
+    pad_token_id = stop_token_ids(tokenizer)[0]
+    with memory_advice(training_args, model_args.load_in_4bit, data_args.max_length):
+        if data_args.dry_run:
+            print_plan(model, pad_token_id, train_dataset, training_args)
+            return
+        callbacks = (CompleteCheckpoints(files),)
+        trainer = make_trainer(model, pad_token_id, training_args, train_dataset, eval_dataset, callbacks)
+        if data_args.overwrite_output_dir and training_args.should_save:
+            remove_checkpoints(training_args.output_dir)
+            Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
+        start = adapter_state(model)
+        with fast_steps(trainer):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.should_save:
         save_adapter(model, training_args.output_dir, start, files)
         if not data_args.keep_checkpoints:
@@ -222,7 +208,7 @@ def train(
     tokens_per_second = result.metrics["train_samples_per_second"] * tokens_per_row
     say(
         f"trained in {result.metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
-        f"peak memory {peak_memory() / 2**30:.2f} GiB; saved in {training_args.output_dir}"
+        f"peak memory {peak_memory() / GIB:.2f} GiB; saved in {training_args.output_dir}"
     )
     if eval_dataset and data_args.eval_metrics and training_args.should_save:
         evaluate_answers(model, tokenizer, data_args, training_args)
@@ -257,14 +243,3 @@ def count_trainable(model: PeftModel) -> None:
     if trainable == 0:
         fail("the adapter has no trainable parameters")
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

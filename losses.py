@@ -69,7 +69,8 @@ def chunked_loss(model: PreTrainedModel) -> Iterator[None]:
     ) -> torch.Tensor:
         targets = shift_labels.flatten()
         divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        return ChunkedCrossEntropy.apply(logits.flatten(0, -2), head.weight, targets, divisor.to(targets.device))
+        divisor = torch.as_tensor(divisor, device=targets.device)
+        return ChunkedCrossEntropy.apply(logits.flatten(0, -2), head.weight, targets, divisor)
 
     head.forward = lambda hidden: hidden
     model.loss_function = loss

@@ -174,7 +174,7 @@ def test_resumed_run_equals_an_undisturbed_one(
 
     flags = [*flags, "--save_steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("common.NotFiniteGuard", lambda: StopAt(3))
+        patch.setattr("trainer.NotFiniteGuard", lambda: StopAt(3))
         with pytest.raises(KeyboardInterrupt):
             run(*flags)
     message = run(*flags, "--resume_from_checkpoint", "True", "--num_virtual_tokens", 6, expected=2)

@@ -268,7 +268,7 @@ def interrupted(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Flags of a run that was stopped after three of six steps."""
     flags = [*flags, "--save_steps", "1", "--logging_steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("common.NotFiniteGuard", lambda: StopAt(3))
+        patch.setattr("trainer.NotFiniteGuard", lambda: StopAt(3))
         with pytest.raises(KeyboardInterrupt):
             run(*flags)
     return flags
