@@ -4,6 +4,7 @@ import warnings
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
@@ -157,6 +158,7 @@ def parse_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # the filter would log a NaN loss as 0.0
         save_steps=200,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,  # batches are made while the GPU works
         save_total_limit=2,
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
         prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
@@ -167,6 +169,8 @@ def parse_arguments(
     flags.bf16 = flags.bf16 and on_cuda
     flags.fp16 = flags.fp16 and on_cuda and not flags.bf16
     flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
+    if flags.use_liger_kernel and not (on_cuda and find_spec("liger_kernel")):
+        fail("--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out")
     if flags.eval_data_path and flags.eval_strategy == "no":
         flags.eval_strategy = "epoch"
     if flags.load_best_model_at_end:

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModelForCausalLM, get_peft_model
+from peft import PeftModel, PeftModelForCausalLM, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -37,7 +38,7 @@ from transformers import (
 
 from arguments import ModelArguments, ScriptParser, parse_arguments
 from collators import IGNORE_INDEX
-from common import build_dataset, load_model, load_tokenizer, training_dtype
+from common import build_dataset, count_trainable, load_model, load_tokenizer, training_dtype
 from console import fail, say, warn
 from memory import GIB, peak_memory
 from prompts import stop_token_ids
@@ -179,6 +180,8 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
         elif method == "lora":
             adapter = build_lora_config(method_args, model)
             model = model if args.only == "lora_trl" else get_peft_model(model, adapter)
+        if isinstance(model, PeftModel):
+            count_trainable(model)
 
         stopwatch = Stopwatch(args.warmup_steps)
         if args.only == "lora_trl":
@@ -275,17 +278,20 @@ def matrix_product_rate() -> float:
     return 2 * size**3 / best
 
 
+def make_config(shape: str, layers: int | None) -> PreTrainedConfig:
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    family = shape.split("-")[0].removesuffix(".5")
+    sizes |= {"head_dim": 128} if family == "qwen3" else {}
+    return AutoConfig.for_model(family, max_position_embeddings=32768, **sizes)
+
+
 def make_random_checkpoint(args: BenchmarkArguments, folder: str) -> None:
     """Write a model of the shape with random weights, and a tokenizer."""
-    sizes = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    family = args.shape.split("-")[0].removesuffix(".5")
-    config = AutoConfig.for_model(
-        family, **sizes, max_position_embeddings=32768, **({"head_dim": 128} if family == "qwen3" else {})
-    )
     on_cuda = torch.cuda.is_available()
     torch.manual_seed(0)
     say(f"making random weights of {args.shape}")
     with torch.device("cuda" if on_cuda else "cpu"):
+        config = make_config(args.shape, args.layers)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_cuda else torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)

@@ -42,7 +42,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 probabilities = logits.sub_(normalizer).exp_()
                 probabilities.scatter_add_(1, targets[part], torch.full_like(normalizer, -1.0))
-                gradient[part] = (probabilities * counted[part]).to(weight.dtype) @ weight
+                gradient[part] = probabilities.mul_(counted[part]).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient, divisor)
         return total / divisor
 

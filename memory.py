@@ -86,9 +86,11 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, trai
     rows = [train_dataset[number] for number in longest]
     one_token = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
     args = copy.copy(training_args)
-    args.max_steps, args.gradient_accumulation_steps, args.train_sampling_strategy = 4, 1, "sequential"
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = len(rows), 1
+    args.max_steps, args.train_sampling_strategy = 4, "sequential"
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.report_to, args.load_best_model_at_end = [], False
+    args.disable_tqdm, args.logging_first_step = True, False
     meter = StepMeter()
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
@@ -123,7 +125,7 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, trai
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(math.ceil(len(lengths) / rows_per_step) * training_args.num_train_epochs)
-    tokens_per_step = rows_per_step / training_args.world_size * sum(lengths) / len(lengths)
+    tokens_per_step = min(rows_per_step, len(lengths)) / training_args.world_size * sum(lengths) / len(lengths)
     seconds = steps * tokens_per_step * min(meter.seconds[2:]) / tokens
     say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows_per_step} rows, about {describe_time(seconds)}")
 

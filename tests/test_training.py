@@ -365,6 +365,7 @@ BAD_FLAGS = {
     "old name, warmup": (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
     "no rows to evaluate": (["--eval_strategy", "epoch"], ["--eval_strategy", "--eval_data_path"]),
     "label smoothing": (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
+    "liger": (["--use_liger_kernel", "True"], ["--use_liger_kernel", "liger-kernel"]),
     "best of nothing": (["--load_best_model_at_end", "True"], ["--load_best_model_at_end", "--eval_data_path"]),
     "bad combination": (
         "--load_best_model_at_end True --eval_data_path ROWS --eval_strategy steps --save_strategy epoch".split(),
@@ -420,7 +421,7 @@ def test_kept_cut_and_dropped_add_up(base_path: str, rows_path: str, capsys: pyt
 def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """NEFTune scales its noise by the sequence's length, so rows keep sequences of their own."""
     used = []
-    monkeypatch.setattr("common.PadCollator", lambda *args: used.append(args) or PadCollator(*args))
+    monkeypatch.setattr("trainer.PadCollator", lambda *args: used.append(args) or PadCollator(*args))
     run(*flags, "--neftune_noise_alpha", 5)
     assert used
 
