@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from console import fail, warn
+from console import fail, first_line, is_disk_error, resume_command, warn
 from soft_prompts import SoftPromptModel
 
 WEIGHTS, CONFIG, TEMPLATE, INFO = (
@@ -31,6 +31,7 @@ WEIGHTS, CONFIG, TEMPLATE, INFO = (
     "chat_template.jinja",
     "adapter_info.json",
 )
+SCRATCH = ".saving"  # how the names of folders begin in which something is being written
 SIZES = (
     "model_type",
     "hidden_size",
@@ -112,7 +113,7 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
         )
     if all(torch.equal(tensor, start[name]) for name, tensor in state.items()):
         fail("training changed nothing in the adapter: it is not saved. Is --learning_rate 0?", 1)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output_dir))
     try:
         model.save_pretrained(scratch)
         for name, text in files.items():
@@ -124,6 +125,15 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
         # the weights last: where they are, the folder is whole
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == WEIGHTS):
             os.replace(file, Path(output_dir, file.name))
+    except (OSError, SafetensorError) as error:
+        if not is_disk_error(error):
+            raise
+        free = shutil.disk_usage(output_dir).free / 2**20
+        fail(
+            f"the adapter can not be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
+            f"Make room, and go on from the last checkpoint with: {resume_command()}",
+            1,
+        )
     finally:
         shutil.rmtree(scratch)
 

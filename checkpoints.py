@@ -1,19 +1,22 @@
 """What an output folder may already hold: files that must not be lost, and checkpoints to go on from."""
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from adapters import CONFIG, INFO, WEIGHTS
-from console import fail, warn
+from adapters import CONFIG, INFO, SCRATCH, WEIGHTS
+from console import fail, first_line, is_disk_error, resume_command, warn
 
-# What the Trainer writes, the adapter first; INFO is written last, by `CompleteCheckpoints`.
+# What the Trainer writes, the adapter first; INFO is written last, by `CheckpointTrainer`.
 STATE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
 
@@ -21,17 +24,55 @@ PICKLES = ("optimizer.pt", "scheduler.pt")
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
 
-class CompleteCheckpoints(TrainerCallback):
-    """Put the small files of an adapter into each checkpoint, so that inference can use it like a finished one."""
+class CheckpointTrainer(Trainer):
+    """The stock Trainer, whose checkpoints are whole or not there: written beside their place, and then renamed."""
 
-    def __init__(self, files: dict[str, str]) -> None:
-        """`files`: texts by name, with adapter_info.json as the last."""
-        self.files = files
+    adapter_files: dict[str, str] = {}  # texts by name that make a checkpoint an adapter too, adapter_info.json last
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            for name, text in self.files.items():
-                Path(args.output_dir, f"checkpoint-{state.global_step}", name).write_text(text, encoding="utf-8")
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        scratch = folder / SCRATCH
+        self.args.output_dir = str(scratch)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(scratch / name):
+                    self.state.best_model_checkpoint = str(folder / name)
+                    self.state.save_to_json(str(scratch / name / STATE))
+                for file, text in self.adapter_files.items():
+                    (scratch / name / file).write_text(text, encoding="utf-8")
+                flush_to_disk(scratch / name)
+                if (folder / name).exists():  # from the run that this one resumes, and not whole
+                    shutil.rmtree(folder / name)
+                os.replace(scratch / name, folder / name)
+                # the number of a step, not the time of a file, says which is older
+                rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_error(error):
+                raise
+            free = shutil.disk_usage(folder).free / 2**20
+            last = next((str(path) for path in find_checkpoints(folder) if not find_broken_part(path)), "none yet")
+            fail(
+                f"{folder / name} can not be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
+                f"The last whole checkpoint is {last}. Make room, and go on with: {resume_command()}",
+                1,
+            )
+        finally:
+            self.args.output_dir = str(folder)
+            if self.args.should_save:
+                remove_leftovers(str(folder))
+        self.accelerator.wait_for_everyone()
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until the files are on the disk: a name must not outlive a power cut that its contents did not."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_output_dir(output_dir: str, told: bool) -> None:
@@ -41,7 +82,7 @@ def check_output_dir(output_dir: str, told: bool) -> None:
         fail(f"--output_dir '{folder}' is a file; name a folder")
     if (folder / "config.json").exists():
         fail(f"--output_dir '{folder}' holds a model; name another folder, so that the model stays as it is")
-    if told or not folder.is_dir() or all(path.name == ".gitkeep" for path in folder.iterdir()):
+    if told or not folder.is_dir() or all(path.name.startswith((".gitkeep", SCRATCH)) for path in folder.iterdir()):
         return
     kind = "an adapter" if (folder / WEIGHTS).exists() else "files"
     remedy = "name another folder, or add --overwrite_output_dir True to replace what it holds"
@@ -55,6 +96,12 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, the latest step first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def remove_leftovers(output_dir: str) -> None:
+    """Remove what a killed run was just writing."""
+    for folder in Path(output_dir).glob(SCRATCH + "*"):
+        shutil.rmtree(folder)
 
 
 def remove_checkpoints(output_dir: str) -> None:

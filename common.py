@@ -21,10 +21,11 @@ from transformers import (
 
 from adapters import INFO, TEMPLATE, adapter_state, base_fingerprint, describe_run, save_adapter
 from arguments import DataArguments, ModelArguments
-from checkpoints import CompleteCheckpoints, find_resume_checkpoint, remove_checkpoints
+from checkpoints import find_resume_checkpoint, remove_checkpoints, remove_leftovers
 from collators import IGNORE_INDEX
-from console import fail, say
+from console import fail, first_line, say
 from generation import MAX_NEW_TOKENS, answer_in_batches, encode_question, make_generation_config
+from guards import StopOnSignal
 from labels import labels_by_task
 from memory import GIB, memory_advice, peak_memory, print_plan
 from metrics import METRICS, report
@@ -89,10 +90,6 @@ def check_model_path(model_path: str) -> None:
             fail(f"--model_path '{model_path}' holds no config.json: it is not a checkpoint that transformers can load")
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
         fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def training_dtype(training_args: TrainingArguments) -> torch.dtype:
@@ -191,14 +188,18 @@ def train(
         if data_args.dry_run:
             print_plan(model, pad_token_id, train_dataset, training_args)
             return
-        callbacks = (CompleteCheckpoints(files),)
-        trainer = make_trainer(model, pad_token_id, training_args, train_dataset, eval_dataset, callbacks)
+        signals = StopOnSignal()
+        trainer = make_trainer(model, pad_token_id, training_args, train_dataset, eval_dataset, (signals,))
+        trainer.adapter_files = files
         if data_args.overwrite_output_dir and training_args.should_save:
             remove_checkpoints(training_args.output_dir)
             Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
+        if training_args.should_save:
+            remove_leftovers(training_args.output_dir)
         start = adapter_state(model)
         with fast_steps(trainer):
             result = trainer.train(resume_from_checkpoint=checkpoint)
+        signals.exit_if_caught()
     if training_args.should_save:
         save_adapter(model, training_args.output_dir, start, files)
         if not data_args.keep_checkpoints:

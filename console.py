@@ -1,6 +1,7 @@
 """What the scripts say: lines on stdout, warnings on stderr, and the end of a run that can not go on."""
 
 import os
+import shlex
 import sys
 from typing import NoReturn
 
@@ -15,6 +16,16 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def resume_command() -> str:
+    """The command line that goes on where this run stopped."""
+    words = ["python", *sys.argv]
+    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    return shlex.join([*words, "--resume_from_checkpoint", "True"])
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print `message`, which names what is wrong and the remedy, and exit. No traceback: that is for bugs of ours.
 
@@ -24,3 +35,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether a write failed; torch and safetensors have their own words for a full disk."""
+    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "File too large", "I/O error")
+    return isinstance(error, OSError) or any(word in str(error) for word in words)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,14 +1,55 @@
 """Callbacks that watch a training run."""
 
 import math
+import signal
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from console import fail
+from console import fail, resume_command, say
 
 # With fp16 the first gradients overflow until the loss scale has come down: normal, but not for this many logs.
 FP16_OVERFLOWS = 5
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once.
+
+    Several processes would stop at different steps and wait for each other, so there the signals act as ever.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            self.before = {number: signal.signal(number, self.catch) for number in self.SIGNALS}
+
+    def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = number
+        say("\nstopping after this step, with a checkpoint (once more: stop at once)")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def exit_if_caught(self) -> None:
+        """End the program as a shell expects it after a signal: with exit code 130 or 143."""
+        if self.caught:
+            fail(f"stopped by {signal.Signals(self.caught).name}; go on with:\n{resume_command()}", 128 + self.caught)
 
 
 class NotFiniteGuard(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The stock Trainer with this project's batches, attention and loss."""
+"""The stock Trainer with this project's batches, attention, loss and checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from attention import row_attention
+from checkpoints import CheckpointTrainer
 from collators import FlattenCollator, PadCollator, can_flatten
 from guards import NotFiniteGuard
 from losses import chunked_loss
@@ -21,7 +22,7 @@ def make_trainer(
     train_dataset: Dataset,
     eval_dataset: Dataset | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
-) -> Trainer:
+) -> CheckpointTrainer:
     """Build the Trainer: batches without padding where the model allows it, and a stop at numbers that are not finite.
 
     Args:
@@ -34,13 +35,13 @@ def make_trainer(
         collator = PadCollator(pad_token_id, virtual_tokens)
         if training_args.train_sampling_strategy == "random":
             training_args.train_sampling_strategy = "group_by_length"
-    return Trainer(
+    return CheckpointTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
-        callbacks=[NotFiniteGuard(), *callbacks],
+        callbacks=[*callbacks, NotFiniteGuard()],
     )
 
 
