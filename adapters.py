@@ -31,6 +31,8 @@ WEIGHTS, CONFIG, TEMPLATE, INFO = (
     "chat_template.jinja",
     "adapter_info.json",
 )
+KINDS = ("LORA", "PROMPT_TUNING")
+NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
 SCRATCH = ".saving"  # how the names of folders begin in which something is being written
 SIZES = (
     "model_type",
@@ -104,12 +106,15 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
         files: texts to save beside the weights, by name.
 
     Raises:
-        SystemExit: code 1, and nothing is saved, where the adapter is not finite, did not change, or does not reload.
+        SystemExit: code 1, and nothing is saved, where the adapter is not finite or has blown up, did not change, or
+            does not reload.
     """
     state = adapter_state(model)
-    if not all(tensor.isfinite().all() for tensor in state.values()):
+    if not all(tensor.half().isfinite().all() for tensor in state.values()):
         fail(
-            "the adapter holds NaN or infinite weights: it is not saved. Try --bf16 True or a lower --learning_rate", 1
+            "the adapter holds weights that are NaN, infinite or too large for float16 (65,504): it is not saved.\n"
+            "Try --bf16 True or a lower --learning_rate",
+            1,
         )
     if all(torch.equal(tensor, start[name]) for name, tensor in state.items()):
         fail("training changed nothing in the adapter: it is not saved. Is --learning_rate 0?", 1)
@@ -157,6 +162,13 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         info = json.loads((folder / INFO).read_text(encoding="utf-8")) if (folder / INFO).is_file() else {}
     except ValueError as error:
         fail(f"'{adapter_path}': a JSON file of the adapter is broken ({error}); copy it again or train it again")
+    missing = [name for name in NEEDED if info and name not in info]
+    if missing:
+        fail(f"'{adapter_path}': {INFO} is broken: it has no {', '.join(missing)}; copy it again or train it again")
+    if config.get("peft_type") not in KINDS or config.get("megatron_config"):  # which names Python code to import
+        fail(
+            f"'{adapter_path}' is an adapter of kind {config.get('peft_type')}; this program loads {' and '.join(KINDS)}"
+        )
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:

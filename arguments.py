@@ -161,6 +161,7 @@ def parse_arguments(
         dataloader_num_workers=2 if torch.cuda.is_available() else 0,  # batches are made while the GPU works
         save_total_limit=2,
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
+        remove_unused_columns=False,  # the rows' numbers are for the messages of guards.py
         prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
         **defaults,
     )
@@ -180,6 +181,10 @@ def parse_arguments(
             flags.save_strategy = flags.eval_strategy  # there must be a checkpoint of what was evaluated
     model_args, data_args, method_args, training_args = parser.to_dataclasses(flags)
 
+    reports = training_args.report_to
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name not in ("none", "all") and not find_spec(name):
+            fail(f"--report_to {name} needs the package of that name: pip install {name}, or leave the flag out")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:

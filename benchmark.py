@@ -161,7 +161,7 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
         words = f"--model_path {model_path} --data_path {args.data_path} --output_dir {folder}/out".split()
         words += f"--per_device_train_batch_size {args.batch_size} --max_steps {args.warmup_steps + args.steps}".split()
         words += f"--gradient_checkpointing {args.gradient_checkpointing} --load_in_4bit {'4bit' in args.only}".split()
-        words += "--save_strategy no --logging_steps 1 --dataloader_num_workers 0".split()
+        words += "--save_strategy no --logging_steps 1 --dataloader_num_workers 0 --remove_unused_columns True".split()
         pure_bf16 = method == "full" and torch.cuda.is_available()  # float32 weights and states would be 16 bytes each
         words += ["--bf16", str(args.bf16 or pure_bf16)]
         method_arguments, own = {

@@ -6,6 +6,7 @@ hands every key of the batch to the model's forward.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -51,6 +52,7 @@ class FlattenCollator:
             "position_ids": position_ids,
             "row_lengths": [len(row["input_ids"]) for row in rows],
             "use_cache": False,
+            **name_rows(rows),
             **supervised_only(labels),
         }
 
@@ -76,12 +78,18 @@ class PadCollator:
             "input_ids": pad("input_ids", self.pad_token_id),
             "attention_mask": pad("attention_mask", 0),
             "use_cache": False,
+            **name_rows(rows),
             **supervised_only(pad("labels", IGNORE_INDEX)),
         }
 
 
+def name_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The rows' numbers in their file, for the messages of guards.py, where they have one."""
+    return {"row_numbers": [row["row_number"] for row in rows]} if "row_number" in rows[0] else {}
+
+
 def add_virtual_tokens(row: dict[str, list[int]], count: int) -> dict[str, list[int]]:
-    return {
+    return row | {
         "input_ids": [VIRTUAL_TOKEN] * count + row["input_ids"],
         "attention_mask": [1] * count + row["attention_mask"],
         "labels": [IGNORE_INDEX] * count + row["labels"],

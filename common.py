@@ -74,6 +74,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
             dtype=dtype,
             device_map={"": device} if device.type == "cuda" else None,
             quantization_config=quantization if model_args.load_in_4bit else None,
+            use_safetensors=True,  # the other format is pickle, which can run code
             trust_remote_code=model_args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
@@ -121,24 +122,24 @@ def build_dataset(path: str | None, tokenizer: PreTrainedTokenizerBase, max_leng
     """Read, check and tokenise a data file, and print how many rows were kept, cut and dropped.
 
     Returns:
-        A dataset with the columns of `preprocess_function`; None without a path. A conversation whose earlier turns the
-        template rewrites gives one row for each answer.
+        A dataset with the columns of `preprocess_function` and `row_number`, counted from 1 in the file; None without a
+        path. A conversation whose earlier turns the template rewrites gives one row for each answer.
     """
     if path is None:
         return None
     stop_ids = stop_token_ids(tokenizer)
-    rows = [part for row in load_rows(path) for part in split_turns(row, tokenizer)]
+    rows = [(number, part) for number, row in enumerate(load_rows(path), 1) for part in split_turns(row, tokenizer)]
     examples = []
-    for row in tqdm(rows, desc=f"tokenizing {path}", leave=False):
+    for number, row in tqdm(rows, desc=f"tokenizing {path}", leave=False):
         example = preprocess_function(row, tokenizer, max_length)
         if any(label != IGNORE_INDEX for label in example["labels"]):
-            examples.append(example)
+            examples.append(example | {"row_number": number})
     cut = sum(example["labels"][-1] not in stop_ids for example in examples)
     say(
         f"{path}: {len(rows)} rows: {len(examples) - cut} kept whole, {cut} cut at {max_length} tokens, "
         f"{len(rows) - len(examples)} dropped (their answer lies behind the cut)"
     )
-    empty = sum(row.get("output") == "" for row in rows)
+    empty = sum(row.get("output") == "" for _, row in rows)
     if empty:
         say(f"{path}: {empty} rows have an empty answer: the model learns to say nothing there")
     if not examples:

@@ -5,12 +5,14 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from console import fail, resume_command, say
 
 # With fp16 the first gradients overflow until the loss scale has come down: normal, but not for this many logs.
 FP16_OVERFLOWS = 5
+MOST_ROWS = 16  # that are named in a message
 
 
 class StopOnSignal(TrainerCallback):
@@ -53,13 +55,42 @@ class StopOnSignal(TrainerCallback):
 
 
 class NotFiniteGuard(TrainerCallback):
-    """Stop the run at the first logged loss or gradient norm that is NaN or infinite.
+    """Stop the run at the first logged loss or gradient norm that is NaN or infinite, and name the rows it came from.
 
-    A checkpoint is only written after a log of the same step, so that every checkpoint is a good one.
+    The loss of each forward is kept on its device until the next log, so that no step has to wait for the GPU. A
+    checkpoint is only written after a log of the same step, so that every checkpoint is a good one.
     """
 
     def __init__(self) -> None:
         self.overflows = 0  # logs in a row
+        self.step = 1  # the one in progress
+        self.forwards: list[tuple[int, list[int], torch.Tensor]] = []  # step, row numbers, loss
+        self.row_numbers: list[int] = []
+
+    def on_train_begin(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward),
+        ]
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], batch: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.row_numbers = batch.pop("row_numbers", [])
+        return args, batch
+
+    def after_forward(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if model.training:
+            self.forwards.append((self.step, self.row_numbers, output.loss.detach()))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step + 1
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +116,17 @@ class NotFiniteGuard(TrainerCallback):
             if not math.isfinite(value):
                 advice = "--bf16 True, or a lower --learning_rate" if args.fp16 else "a lower --learning_rate"
                 fail(
-                    f"step {state.global_step}: {name} is {value}: training stops and no adapter is saved; "
-                    f"checkpoints in {args.output_dir} are from before.\nTry {advice}",
+                    f"{self.find_source(state.global_step)}: {name} is {value}: training stops and no adapter is "
+                    f"saved; checkpoints in {args.output_dir} are from before.\nTry {advice}",
                     code=1,
                 )
+        if "loss" in logs:
+            self.forwards.clear()
+
+    def find_source(self, last_step: int) -> str:
+        """The step and the rows of the first loss that is not finite, or else those of the last step."""
+        bad = [forward for forward in self.forwards if not forward[2].isfinite()]
+        step = bad[0][0] if bad else last_step
+        numbers = [n for its_step, its_rows, _ in bad[:1] or self.forwards if its_step == step for n in its_rows]
+        shown = ", ".join(map(str, sorted(numbers)[:MOST_ROWS])) + (", ..." if len(numbers) > MOST_ROWS else "")
+        return f"step {step}" + (f" (rows {shown} of the data file)" if numbers else "")

@@ -14,10 +14,11 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from collators import IGNORE_INDEX
-from console import fail
+from console import fail, first_line
 
 Message = dict[str, str]
 
@@ -143,9 +144,14 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_gene
 
     transformers runs the template in a sandbox. Qwen3's thinking is off, in training as in inference.
     """
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
+    except TemplateError as error:  # also what the sandbox refuses
+        fail(
+            f"the chat template can not be rendered: {first_line(error)}; use --prompt_format plain, or mend the template"
+        )
 
 
 def cut_answer(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,6 +1,7 @@
 """inference.py: a saved adapter answers as it was trained, or says why it can not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,36 @@ def test_incomplete_adapter(run: Run, adapter_path: str, tmp_path: Path, missing
     (folder / "adapter_model.bin").write_bytes(b"a pickle, which is never opened")  # trap 42
     message = run("--adapter_path", folder, "--instruction", "a", expected=2)
     assert str(folder) in message and missing in message
+
+
+def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:
+    """It names no code to import, its template runs in a sandbox, and its base comes without pickle."""
+    folder = copy(adapter_path, tmp_path / "copy")
+    config, info = (
+        json.loads((folder / f"adapter_{name}.json").read_text(encoding="utf-8")) for name in ("config", "info")
+    )
+
+    def ask(expected: int = 2, **files: str) -> str:
+        for name, text in files.items():
+            (folder / name.replace("_json", ".json").replace("_jinja", ".jinja")).write_text(text, encoding="utf-8")
+        return run("--adapter_path", folder, "--instruction", "a", expected=expected)
+
+    message = ask(adapter_config_json=json.dumps(config | {"megatron_config": {"a": 1}, "megatron_core": "os"}))
+    assert "LORA and PROMPT_TUNING" in message
+    assert "kind IA3" in ask(adapter_config_json=json.dumps(config | {"peft_type": "IA3"}))
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "no base_fingerprint" in ask(
+        adapter_info_json=json.dumps({k: info[k] for k in info if k != "base_fingerprint"})
+    )
+    (folder / "adapter_info.json").write_text(json.dumps(info), encoding="utf-8")
+    escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    assert "can not be rendered" in ask(chat_template_jinja=escape)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base_path, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    message = run("--adapter_path", "none", "--model_path", pickled, "--instruction", "a", expected=2)
+    assert "safetensors" in message
 
 
 def test_missing_adapter_and_missing_base(run: Run, adapter_path: str, tmp_path: Path) -> None:

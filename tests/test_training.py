@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 import inference
 import train_lora
+import train_prompt_tuning
 from adapters import adapter_state, save_adapter
 from arguments import ModelArguments
 from collators import FlattenCollator, PadCollator
@@ -205,6 +207,42 @@ def test_not_finite_stops_the_run(run: Run, flags: list[str], tmp_path: Path) ->
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
+def test_learning_rate_of_a_million(run_main: Run, flags: list[str], tmp_path: Path, script: ModuleType) -> None:
+    """A prompt only grows: normalisation hides it from the loss, and its gradient vanishes."""
+    message = run_main(script, *flags, "--learning_rate", "1e6", expected=1)
+    assert "--learning_rate" in message
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5_text"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_that_are_not_finite_are_named(
+    run: Run, flags: list[str], rows_path: str, tmp_path: Path, model_type: str, accumulation: int
+) -> None:
+    """Trap 4: the step and the rows of the batch that the first bad loss came from, flattened and padded."""
+    model = make_model(model_type, tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[ord("X")] = float("nan")
+    path = save_checkpoint(tmp_path / "broken", make_tokenizer(), model)
+    rows = json.loads(Path(rows_path).read_text(encoding="utf-8"))
+    rows[6]["instruction"] = "Say X"
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    more = f"--train_sampling_strategy sequential --logging_steps 50 --gradient_accumulation_steps {accumulation}"
+    more += f" --logging_first_step False --per_device_train_batch_size 2 --model_path {path} --data_path {data}"
+    message = run(*flags, *more.split(), expected=1)
+    step = 4 if accumulation == 1 else 2
+    assert f"step {step} (rows 7, 8 of the data file): loss is nan" in message
+
+
+def test_evaluation_rows_without_an_answer(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 18: an evaluation of nothing would have no best checkpoint."""
+    data = tmp_path / "eval.json"
+    data.write_text('[{"instruction": "' + "long " * 50 + '", "output": "a"}]', encoding="utf-8")
+    message = run(*flags, "--eval_data_path", data, "--max_length", 40, expected=2)
+    assert "eval.json: no row is left" in message
+
+
 def test_precision_without_cuda(base_path: str) -> None:
     """Traps 23, 30, 31: without a GPU everything is float32, and the flags that ask for more do no harm."""
     from arguments import parse_arguments
@@ -365,6 +403,7 @@ BAD_FLAGS = {
     "old name, warmup": (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
     "no rows to evaluate": (["--eval_strategy", "epoch"], ["--eval_strategy", "--eval_data_path"]),
     "label smoothing": (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
+    "reports": (["--report_to", "wandb"], ["pip install wandb"]),
     "liger": (["--use_liger_kernel", "True"], ["--use_liger_kernel", "liger-kernel"]),
     "best of nothing": (["--load_best_model_at_end", "True"], ["--load_best_model_at_end", "--eval_data_path"]),
     "bad combination": (
