@@ -149,9 +149,7 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_gene
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
         )
     except TemplateError as error:  # also what the sandbox refuses
-        fail(
-            f"the chat template can not be rendered: {first_line(error)}; use --prompt_format plain, or mend the template"
-        )
+        fail(f"the chat template can not be rendered: {first_line(error)}; mend it, or use --prompt_format plain")
 
 
 def cut_answer(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
