@@ -141,7 +141,7 @@ def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_pa
         return run("--adapter_path", folder, "--instruction", "a", expected=expected)
 
     message = ask(adapter_config_json=json.dumps(config | {"megatron_config": {"a": 1}, "megatron_core": "os"}))
-    assert "LORA and PROMPT_TUNING" in message
+    assert "LORA and PROMPT_TUNING are loaded" in message
     assert "kind IA3" in ask(adapter_config_json=json.dumps(config | {"peft_type": "IA3"}))
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "no base_fingerprint" in ask(
