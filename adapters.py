@@ -167,9 +167,7 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         fail(f"'{adapter_path}': {INFO} is broken: it has no {', '.join(missing)}; copy it again or train it again")
     if config.get("peft_type") not in KINDS or config.get("megatron_config"):  # which names Python code to import
         kind = config.get("peft_type")
-        fail(
-            f"'{adapter_path}' is an adapter of kind {kind}; this program loads {' and '.join(KINDS)} of its own making"
-        )
+        fail(f"'{adapter_path}' is an adapter of kind {kind}; only {' and '.join(KINDS)} are loaded here")
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
