@@ -11,7 +11,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from checkpoints import check_output_dir
-from console import fail, say
+from console import end_quietly_on_interrupt, fail, say
 
 # Flags of other programs and of older versions of TrainingArguments, and what to use here.
 OTHER_NAMES = {
@@ -58,6 +58,7 @@ class ScriptParser(HfArgumentParser):
 
     def parse_flags(self, argv: list[str] | None = None) -> Namespace:
         """Read the command line (`sys.argv` where `argv` is None) and refuse flags that do not exist."""
+        end_quietly_on_interrupt()
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' words to each other
         namespace, unknown = self.parse_known_args(argv)
         for word in unknown:

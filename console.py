@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def say(text: str) -> None:
@@ -14,6 +14,20 @@ def say(text: str) -> None:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def end_quietly_on_interrupt() -> None:
+    """Let Ctrl-C, where nothing is at stake, end the program without a traceback."""
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped", file=sys.stderr, flush=True)
+            os._exit(130)
+        else:
+            others(kind, *rest)
+
+    sys.excepthook = hook
 
 
 def resume_command() -> str:

@@ -72,6 +72,19 @@ def test_a_second_signal_ends_at_once() -> None:
         stop.catch(signal.SIGINT, None)
 
 
+def test_an_interrupt_before_training_has_no_traceback() -> None:
+    script = (
+        "import _thread, time, train_lora\n"
+        "train_lora.load_tokenizer = lambda *args: _thread.interrupt_main()\n"
+        "train_lora.build_dataset = lambda *args: time.sleep(9)\n"
+        "train_lora.main()"
+    )
+    command = [sys.executable, "-c", script, "--dry_run", "True"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr and result.stderr.endswith("stopped\n")
+
+
 def test_signals_are_given_back(run_main: Run, flags: list[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run_main(train_lora, *flags)
