@@ -52,7 +52,7 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the tokenizer can not be loaded: {first_line(error)}")
+        fail(f"--model_path '{model_args.model_path}': the tokenizer can not be loaded: {loading_problem(error)}")
     set_prompt_format(tokenizer, format_name)
     return tokenizer
 
@@ -78,9 +78,17 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
             trust_remote_code=model_args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the model can not be loaded: {first_line(error)}")
+        fail(f"--model_path '{model_args.model_path}': the model can not be loaded: {loading_problem(error)}")
     model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generation.py
     return model
+
+
+def loading_problem(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, which --trust_remote_code True would run: only if you trust its author"
+        )
+    return first_line(error)
 
 
 def check_model_path(model_path: str) -> None:

@@ -110,6 +110,15 @@ def test_readmes_are_in_step() -> None:
         assert re.findall(pattern, english, flags=re.M) == re.findall(pattern, chinese, flags=re.M)
 
 
+def test_every_trap_has_tests_that_exist() -> None:
+    """The table of tests/README.md."""
+    table = (REPOSITORY / "tests/README.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"^\| (\w+) \|", table, flags=re.M)
+    assert numbers == [*map(str, range(1, 26)), "25b", "26", "27", "28", *map(str, range(30, 51))]
+    for file, name in re.findall(r"`(\w+\.py)::(\w+)`", table):
+        assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
     """Trap 50: a bare % in a help text breaks --help. Ours has units and defaults, and every training argument."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -233,6 +234,26 @@ def test_rows_that_are_not_finite_are_named(
     message = run(*flags, *more.split(), expected=1)
     step = 4 if accumulation == 1 else 2
     assert f"step {step} (rows 7, 8 of the data file): loss is nan" in message
+
+
+def test_code_of_a_checkpoint_is_not_run(run: Run, flags: list[str], base_path: str, tmp_path: Path) -> None:
+    """Trap 43: unless --trust_remote_code True says so."""
+    path = tmp_path / "model"
+    shutil.copytree(base_path, path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    assert "trust_remote_code" in run(*flags, "--model_path", path, expected=2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_padded_vocabulary_keeps_its_size(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """Trap 47: Qwen's embeddings have more rows than its tokenizer has tokens, and an adapter must fit them."""
+    path = save_checkpoint(tmp_path / "padded", make_tokenizer(), make_model(vocab_size=300))
+    run(*flags, "--model_path", path)
+    info = json.loads((tmp_path / "out/adapter_info.json").read_text(encoding="utf-8"))
+    assert info["base_fingerprint"]["sizes"]["vocab_size"] == 300
 
 
 def test_evaluation_rows_without_an_answer(run: Run, flags: list[str], tmp_path: Path) -> None:
