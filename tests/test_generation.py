@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENDOFTEXT, IM_END, make_model, make_tokenizer
+from conftest import ENDOFTEXT, IM_END, make_model, make_tokenizer, save_checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from arguments import ModelArguments
@@ -54,9 +54,7 @@ def test_both_stop_tokens_end_an_answer(tokenizer: PreTrainedTokenizerBase, stop
     assert generate(model, tokenizer, [prompt], make_generation_config(tokenizer, 5))[0].cut
 
 
-def test_the_models_own_configuration_has_no_say(
-    tokenizer: PreTrainedTokenizerBase, base_path: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_models_own_configuration_has_no_say(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Trap 46: Qwen2.5-Instruct asks for sampling, with a repetition penalty; and transformers would warn of it."""
     config = make_generation_config(tokenizer, 12)
     expected = [answer.token_ids for answer in generate(make_model(), tokenizer, PROMPTS, config)]
@@ -65,7 +63,9 @@ def test_the_models_own_configuration_has_no_say(
     model.generation_config.min_new_tokens = None
     assert [answer.token_ids for answer in generate(model, tokenizer, PROMPTS, config)] == expected
 
-    model = load_model(ModelArguments(model_path=base_path), torch.float32, torch.device("cpu"))
+    model.generation_config.repetition_penalty, model.generation_config.do_sample = 1.5, True
+    path = save_checkpoint(tmp_path / "sampling", tokenizer, model)
+    model = load_model(ModelArguments(model_path=path), torch.float32, torch.device("cpu"))
     assert model.generation_config.temperature is None and not model.generation_config.do_sample
 
 
