@@ -91,7 +91,6 @@ MUTANTS = [
     Mutant("adapters.py", "if info and name not in info", "if False", "test_inference sends"),
     Mutant("common.py", "use_safetensors=True,", "", "test_inference sends"),
     Mutant("common.py", "model.generation_config = GenerationConfig()", "pass", "test_generation own_configuration"),
-    Mutant("common.py", "    model.eval()  # no dropout", "    # no dropout", "test_training metrics_at"),
     Mutant("generation.py", "eos_token_id=stop_ids,", "eos_token_id=stop_ids[:1],", "test_generation both_stop"),
     Mutant("generation.py", "        do_sample=do_sample,\n", "", "test_generation own_configuration"),
     Mutant("generation.py", "        repetition_penalty=repetition_penalty,\n", "        repetition_penalty=None,\n", "test_generation"),
