@@ -1,7 +1,7 @@
-"""What the scripts share, in the order a run uses it: model, data, training."""
+"""What the scripts share, in the order a run uses it: load, preprocess, train."""
 
-import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,49 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
+    set_seed,
 )
 
-from adapters import INFO, TEMPLATE, adapter_state, base_fingerprint, describe_run, save_adapter
-from arguments import DataArguments, ModelArguments
-from checkpoints import find_resume_checkpoint, remove_checkpoints, remove_leftovers
-from collators import IGNORE_INDEX
-from console import fail, first_line, say
-from generation import MAX_NEW_TOKENS, answer_in_batches, encode_question, make_generation_config
-from guards import StopOnSignal
-from labels import labels_by_task
-from memory import GIB, memory_advice, peak_memory, print_plan
-from metrics import METRICS, report
-from prompts import (
+from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
+from finetuning.cli.arguments import ModelArguments
+from finetuning.cli.console import fail, first_line, say
+from finetuning.generation.evaluate import answer_rows
+from finetuning.generation.generate import make_generation_config
+from finetuning.generation.metrics import report
+from finetuning.generation.predictions import Predictions
+from finetuning.preprocessing.prompts import (
+    IGNORE_INDEX,
     encode_messages,
-    mark_answers,
-    prompt_format,
+    pad_token_id,
     set_prompt_format,
     split_turns,
     stop_token_ids,
     to_messages,
 )
-from rows import load_rows
-from trainer import fast_steps, make_trainer
+from finetuning.preprocessing.rows import Rows, load_rows
+from finetuning.training.callbacks import StopOnSignal
+from finetuning.training.checkpoints import (
+    check_output_dir,
+    clear_output_dir,
+    find_resume_checkpoint,
+    remove_checkpoints,
+)
+from finetuning.training.dry_run import print_plan
+from finetuning.training.flags import Arguments
+from finetuning.training.memory import memory_advice
+from finetuning.training.report import print_first_row, print_next_command, print_speed
+from finetuning.training.trainer import make_trainer
+
+
+def start_run(args: Arguments) -> None:
+    """Refuse an output folder that is in use, and set the seed before anything random is made."""
+    allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
+    check_output_dir(args.training.output_dir, allowed=bool(allowed))
+    set_seed(args.training.seed)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model
+# Load
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +69,7 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the tokenizer can not be loaded: {loading_problem(error)}")
+        fail(f"--model_path '{model_args.model_path}': the tokenizer cannot be loaded: {loading_problem(error)}")
     set_prompt_format(tokenizer, format_name)
     return tokenizer
 
@@ -61,8 +78,8 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
     """Load the base model.
 
     Args:
-        dtype: of the weights; of the matrix products where the weights are 4-bit.
-        device: where the weights go; a GPU gets them straight from the file.
+        dtype: of the weights; with 4-bit weights, of the matrix products.
+        device: of the weights; a GPU gets them straight from the file.
     """
     check_model_path(model_args.model_path)
     quantization = BitsAndBytesConfig(
@@ -78,16 +95,14 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
             trust_remote_code=model_args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the model can not be loaded: {loading_problem(error)}")
-    model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generation.py
+        fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {loading_problem(error)}")
+    model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generate.py
     return model
 
 
 def loading_problem(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return (
-            "it brings Python code of its own, which --trust_remote_code True would run: only if you trust its author"
-        )
+        return "it comes with its own Python code; if you trust its author, add --trust_remote_code True to run it"
     return first_line(error)
 
 
@@ -96,7 +111,7 @@ def check_model_path(model_path: str) -> None:
     path = Path(model_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            fail(f"--model_path '{model_path}' holds no config.json: it is not a checkpoint that transformers can load")
+            fail(f"--model_path '{model_path}' has no config.json: it is not a checkpoint that transformers can load")
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
         fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
 
@@ -107,8 +122,16 @@ def training_dtype(training_args: TrainingArguments) -> torch.dtype:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data
+# Preprocess
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A data file, read once: its rows, and the dataset that the model trains on."""
+
+    rows: Rows
+    dataset: Dataset
 
 
 def preprocess_function(
@@ -117,57 +140,52 @@ def preprocess_function(
     """Turn one row into what the model trains on.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, of one length, at most `max_length`. `labels` are the input_ids of
-        the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on the right, and
-        then ends without a stop token.
+        `input_ids`, `attention_mask` and `labels`, all of the same length, at most `max_length`. `labels` are the
+        input_ids of the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on
+        the right, and then ends without a stop token.
     """
     input_ids, labels = encode_messages(to_messages(row, tokenizer), tokenizer)
     input_ids, labels = input_ids[:max_length], labels[:max_length]
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
 
 
-def build_dataset(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset | None:
+def preprocess(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data | None:
     """Read, check and tokenise a data file, and print how many rows were kept, cut and dropped.
 
     Returns:
-        A dataset with the columns of `preprocess_function` and `row_number`, counted from 1 in the file; None without a
-        path. A conversation whose earlier turns the template rewrites gives one row for each answer.
+        The rows, and a dataset with the columns of `preprocess_function` and `row_number`, counted from 1 in the file.
+        A conversation whose earlier turns the template rewrites gives one example for each answer. None without a path.
     """
     if path is None:
         return None
-    stop_ids = stop_token_ids(tokenizer)
-    rows = [(number, part) for number, row in enumerate(load_rows(path), 1) for part in split_turns(row, tokenizer)]
+    rows = load_rows(path)
+    parts = [(number, part) for number, row in enumerate(rows, 1) for part in split_turns(row, tokenizer)]
     examples = []
-    for number, row in tqdm(rows, desc=f"tokenizing {path}", leave=False):
+    for number, row in tqdm(parts, desc=f"tokenizing {path}", leave=False):
         example = preprocess_function(row, tokenizer, max_length)
         if any(label != IGNORE_INDEX for label in example["labels"]):
             examples.append(example | {"row_number": number})
+    stop_ids = stop_token_ids(tokenizer)
     cut = sum(example["labels"][-1] not in stop_ids for example in examples)
     say(
-        f"{path}: {len(rows)} rows: {len(examples) - cut} kept whole, {cut} cut at {max_length} tokens, "
-        f"{len(rows) - len(examples)} dropped (their answer lies behind the cut)"
+        f"{path}: {len(parts)} rows: {len(examples) - cut} kept whole, {cut} cut at {max_length} tokens, "
+        f"{len(parts) - len(examples)} dropped (no part of their answer was left)"
     )
-    empty = sum(row.get("output") == "" for _, row in rows)
+    empty = sum(row.get("output") == "" for row in rows)
     if empty:
         say(f"{path}: {empty} rows have an empty answer: the model learns to say nothing there")
     if not examples:
         fail(f"{path}: no row is left; raise --max_length (now {max_length})")
-    return Dataset.from_list(examples)
+    return Data(rows, Dataset.from_list(examples))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Train
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def train(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Dataset,
-    eval_dataset: Dataset | None,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
 ) -> None:
     """Train the adapter, check it, save it, and print what it took and what to try next.
 
@@ -175,77 +193,23 @@ def train(
         model: the base with a fresh adapter.
 
     Raises:
-        SystemExit: code 1 where the loss is not finite or nothing was learnt, and then no adapter is saved; code 2
-            where the run can not be resumed.
+        SystemExit: code 1 if the loss is not finite or nothing was learnt, and then no adapter is saved; code 2 if the
+            run cannot be resumed.
     """
-    count_trainable(model)
-    info = {
-        "base_model": model_args.model_path,
-        "base_fingerprint": base_fingerprint(model),
-        "quantization": "nf4" if model_args.load_in_4bit else None,
-        "prompt_format": prompt_format(tokenizer),
-        "stop_token_ids": stop_token_ids(tokenizer),
-        "labels": labels_by_task(load_rows(data_args.data_path)),
-        **describe_run(data_args.data_path),
-    }
-    files = {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
-    say(f"prompt format: {prompt_format(tokenizer)}; the first row, as the model reads it and learns to write it:")
-    say(mark_answers(train_dataset[0]["input_ids"], train_dataset[0]["labels"], tokenizer))
-    checkpoint = None if data_args.dry_run else find_resume_checkpoint(training_args, model, info)
-    pad_token_id = stop_token_ids(tokenizer)[0]
-    with memory_advice(training_args, model_args.load_in_4bit, data_args.max_length):
-        if data_args.dry_run:
-            print_plan(model, pad_token_id, train_dataset, training_args)
+    prepare_adapter(model)
+    print_first_row(train_data.dataset, tokenizer)
+    with memory_advice(args.training, args.model.load_in_4bit, args.data.max_length):
+        if args.data.dry_run:
+            print_plan(model, pad_token_id(tokenizer), train_data.dataset, args.training)
             return
-        signals = StopOnSignal()
-        trainer = make_trainer(model, pad_token_id, training_args, train_dataset, eval_dataset, (signals,))
-        trainer.adapter_files = files
-        if data_args.overwrite_output_dir and training_args.should_save:
-            remove_checkpoints(training_args.output_dir)
-            Path(training_args.output_dir, METRICS).unlink(missing_ok=True)
-        if training_args.should_save:
-            remove_leftovers(training_args.output_dir)
-        start = adapter_state(model)
-        with fast_steps(trainer):
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-        signals.exit_if_caught()
-    if training_args.should_save:
-        save_adapter(model, training_args.output_dir, start, files)
-        if not data_args.keep_checkpoints:
-            remove_checkpoints(training_args.output_dir)
-
-    tokens_per_row = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
-    tokens_per_second = result.metrics["train_samples_per_second"] * tokens_per_row
-    say(
-        f"trained in {result.metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
-        f"peak memory {peak_memory() / GIB:.2f} GiB; saved in {training_args.output_dir}"
-    )
-    if eval_dataset and data_args.eval_metrics and training_args.should_save:
-        evaluate_answers(model, tokenizer, data_args, training_args)
-    say("Try it:")
-    say(f'python inference.py --adapter_path {training_args.output_dir} --instruction "翻译为英文" --input "早安"')
+        train_and_save(model, tokenizer, train_data, eval_data, args)
+    if eval_data and args.data.eval_metrics and args.training.should_save:
+        evaluate(model, tokenizer, eval_data.rows, args.training)
+    print_next_command(args.training.output_dir)
 
 
-def evaluate_answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, training_args: TrainingArguments
-) -> None:
-    """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
-    model.eval()  # no dropout, and no gradient checkpointing, in which generation goes wrong
-    rows = load_rows(data_args.eval_data_path)
-    prompts = [encode_question(row, tokenizer) for row in rows]
-    config = make_generation_config(tokenizer, MAX_NEW_TOKENS)
-    predictions: dict[int, dict[str, Any]] = {}
-    with tqdm(total=len(rows), desc=f"answering {data_args.eval_data_path}", disable=training_args.disable_tqdm) as bar:
-        batch_size = training_args.per_device_eval_batch_size
-        for numbers, batch in answer_in_batches(model, tokenizer, prompts, batch_size, config):
-            predictions.update(zip(numbers, batch, strict=True))
-            bar.update(len(numbers))
-    in_order = [predictions[number] for number in range(len(rows))]
-    report(rows, in_order, Path(training_args.output_dir, METRICS), data_path=data_args.eval_data_path)
-
-
-def count_trainable(model: PeftModel) -> None:
-    """Print how much of the model is trained, and see to it that this part, and only the adapter, is float32."""
+def prepare_adapter(model: PeftModel) -> None:
+    """Make the trainable parameters float32, and print how many there are."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
@@ -253,3 +217,37 @@ def count_trainable(model: PeftModel) -> None:
     if trainable == 0:
         fail("the adapter has no trainable parameters")
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
+
+
+def train_and_save(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
+) -> None:
+    """Train, from a checkpoint if asked to; then save the adapter if it passes its checks, and print the speed."""
+    output_dir = args.training.output_dir
+    files = describe_adapter(model, tokenizer, train_data.rows)
+    checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
+    if args.training.should_save:
+        clear_output_dir(output_dir, args.data.overwrite_output_dir)
+    start = adapter_state(model)
+
+    signals = StopOnSignal()
+    eval_dataset = eval_data.dataset if eval_data else None
+    pad_id = pad_token_id(tokenizer)
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals,))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    signals.exit_if_caught()
+
+    if args.training.should_save:
+        save_adapter(model, output_dir, start, files)
+        if not args.data.keep_checkpoints:
+            remove_checkpoints(output_dir)
+    print_speed(result.metrics, train_data.dataset, output_dir)
+
+
+def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, args: TrainingArguments) -> None:
+    """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
+    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
+    predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
+    batch_size = args.per_device_eval_batch_size
+    answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
+    report(rows, predictions.in_order(), Path(args.output_dir, METRICS), data_path=rows.path)

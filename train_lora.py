@@ -9,17 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
-from arguments import parse_arguments
-from common import (
-    build_dataset,
-    load_model,
-    load_tokenizer,
-    train,
-    training_dtype,
-)
-from console import fail, say
+from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
+from finetuning.cli.console import fail, say
+from finetuning.training.flags import parse_arguments
 
 
 @dataclass
@@ -29,11 +23,11 @@ class LoraArguments:
     lora_r: int = field(default=8, metadata={"help": "rank of the update of each adapted matrix"})
     lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by lora_alpha / lora_r"})
     lora_dropout: float = field(
-        default=0.05, metadata={"help": "share of the inputs of the update set to 0 in training"}
+        default=0.05, metadata={"help": "share of the update's inputs that is set to 0 in training"}
     )
     target_modules: str = field(
         default="q_proj,k_proj,v_proj",
-        metadata={"help": "names of the layers to adapt, with commas between; or all-linear"},
+        metadata={"help": "names of the layers to adapt, commas between; or all-linear"},
     )
 
     def __post_init__(self) -> None:
@@ -49,7 +43,7 @@ def build_lora_config(lora_args: LoraArguments, model: PreTrainedModel) -> LoraC
     """Build PEFT's configuration, and print how many layers it reaches.
 
     Raises:
-        SystemExit: code 2, where a name is no layer of the model. PEFT is content if one of several names matches.
+        SystemExit: code 2, if a name is not a layer of the model. PEFT alone accepts a list of which one name matches.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     linear.discard("lm_head")
@@ -80,16 +74,14 @@ def build_lora_config(lora_args: LoraArguments, model: PreTrainedModel) -> LoraC
 
 
 def main() -> None:
-    model_args, data_args, lora_args, training_args = parse_arguments(
-        LoraArguments, __doc__, output_dir="outputs/lora", learning_rate=3e-4
-    )
-    set_seed(training_args.seed)
-    tokenizer = load_tokenizer(model_args, data_args.prompt_format)
-    train_dataset = build_dataset(data_args.data_path, tokenizer, data_args.max_length)
-    eval_dataset = build_dataset(data_args.eval_data_path, tokenizer, data_args.max_length)
-    model = load_model(model_args, training_dtype(training_args), training_args.device)
-    model = get_peft_model(model, build_lora_config(lora_args, model))
-    train(model, tokenizer, train_dataset, eval_dataset, model_args, data_args, training_args)
+    args = parse_arguments(LoraArguments, __doc__, output_dir="outputs/lora", learning_rate=3e-4)
+    start_run(args)
+    tokenizer = load_tokenizer(args.model, args.data.prompt_format)
+    train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length)
+    eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length)
+    model = load_model(args.model, training_dtype(args.training), args.training.device)
+    model = get_peft_model(model, build_lora_config(args.method, model))
+    train(model, tokenizer, train_data, eval_data, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune Qwen with prompt tuning: a few vectors in front of each prompt are all that is trained.
+"""Fine-tune Qwen with prompt tuning: only a few vectors in front of each prompt are trained.
 
     python train_prompt_tuning.py --model_path path/to/qwen --data_path data/train.json --num_virtual_tokens 20 \\
         --prompt_init_text "分类任务："
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PromptTuningConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from arguments import parse_arguments
-from common import build_dataset, load_model, load_tokenizer, train, training_dtype
-from console import fail, say
-from soft_prompts import SoftPromptModel
+from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
+from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.cli.console import fail, say
+from finetuning.training.flags import parse_arguments
 
 
 @dataclass
@@ -35,14 +35,15 @@ class PromptTuningArguments:
         },
     )
     prompt_init_text: str = field(
-        default="分类任务：", metadata={"help": "where TEXT starts from; cut or repeated to --num_virtual_tokens"}
+        default="分类任务：",
+        metadata={"help": "TEXT: the text to start from; cut or repeated to --num_virtual_tokens, with a message"},
     )
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
             raise ValueError(f"--num_virtual_tokens {self.num_virtual_tokens}: nothing would be trained; 20 is usual")
         if self.num_virtual_tokens is None and self.prompt_tuning_init != "TEXT":
-            raise ValueError("--num_virtual_tokens is needed where no text gives the number; 20 is usual")
+            raise ValueError("--num_virtual_tokens is needed if no text gives the number; 20 is usual")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_init_text:
             raise ValueError('--prompt_init_text is empty: describe the task in a few words, such as "分类任务："')
 
@@ -50,22 +51,25 @@ class PromptTuningArguments:
 def add_soft_prompt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_args: PromptTuningArguments
 ) -> SoftPromptModel:
-    """Put a soft prompt in front of the model, and print what it starts from.
+    """Give the model a soft prompt, and print what the prompt starts from.
 
-    The start is made here and not by PEFT, which cuts and repeats the text without a word, draws random numbers 50
-    times too large for Qwen, and writes the path of this machine's tokenizer into the adapter.
+    The first values are made here and not by PEFT, which cuts and repeats the text without a message, draws random
+    numbers 50 times too large for Qwen, and saves the path of this machine's tokenizer in the adapter.
+
+    Raises:
+        SystemExit: code 2, if the prompt leaves the rows no room.
     """
     embeddings = model.get_input_embeddings().weight.detach()
     text_ids = tokenizer(prompt_args.prompt_init_text, add_special_tokens=False).input_ids
     count = prompt_args.num_virtual_tokens or len(text_ids)
     positions = model.config.get_text_config().max_position_embeddings
     if count >= positions:
-        fail(f"--num_virtual_tokens {count}: the model holds {positions} positions, which leaves none for the rows")
+        fail(f"--num_virtual_tokens {count}: the model has {positions} positions, which leaves none for the rows")
     if prompt_args.prompt_tuning_init == "TEXT":
         start = embeddings[torch.tensor((text_ids * count)[:count], device=embeddings.device)]
-        fate = "used once" if count == len(text_ids) else "cut" if count < len(text_ids) else "repeated"
+        use = "used once" if count == len(text_ids) else "cut" if count < len(text_ids) else "repeated"
         words = tokenizer.decode((text_ids * count)[:count])
-        say(f"soft prompt: {count} tokens; the text has {len(text_ids)} and is {fate}: {words!r}")
+        say(f"soft prompt: {count} tokens; the text has {len(text_ids)} and is {use}: {words!r}")
     elif prompt_args.prompt_tuning_init == "SAMPLE_VOCAB":
         start = embeddings[torch.randint(len(tokenizer), (count,), device=embeddings.device)]
         say(f"soft prompt: {count} tokens, from the embeddings of random tokens")
@@ -79,16 +83,14 @@ def add_soft_prompt(
 
 
 def main() -> None:
-    model_args, data_args, prompt_args, training_args = parse_arguments(
-        PromptTuningArguments, __doc__, output_dir="outputs/prompt_tuning", learning_rate=3e-2
-    )
-    set_seed(training_args.seed)
-    tokenizer = load_tokenizer(model_args, data_args.prompt_format)
-    train_dataset = build_dataset(data_args.data_path, tokenizer, data_args.max_length)
-    eval_dataset = build_dataset(data_args.eval_data_path, tokenizer, data_args.max_length)
-    model = load_model(model_args, training_dtype(training_args), training_args.device)
-    model = add_soft_prompt(model, tokenizer, prompt_args)
-    train(model, tokenizer, train_dataset, eval_dataset, model_args, data_args, training_args)
+    args = parse_arguments(PromptTuningArguments, __doc__, output_dir="outputs/prompt_tuning", learning_rate=3e-2)
+    start_run(args)
+    tokenizer = load_tokenizer(args.model, args.data.prompt_format)
+    train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length)
+    eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length)
+    model = load_model(args.model, training_dtype(args.training), args.training.device)
+    model = add_soft_prompt(model, tokenizer, args.method)
+    train(model, tokenizer, train_data, eval_data, args)
 
 
 if __name__ == "__main__":

@@ -55,16 +55,21 @@ def soak(script: str, steps: int, kills: int, seed: int) -> tuple[int, float]:
         finish(script, [*flags, str(whole)])
         count = 0
         for _ in range(kills):
-            resume = ["--resume_from_checkpoint", "True"] if any(broken.glob("checkpoint-*")) else []
-            if not killed(script, [*flags, str(broken), *resume], generator.uniform(0, 0.4)):
+            if not killed(script, [*flags, str(broken), *how_to_continue(broken)], generator.uniform(0, 0.4)):
                 break
             count += 1
             if (broken / "adapter_model.safetensors").exists() and not any(broken.glob("checkpoint-*")):
                 break
         if any(broken.glob("checkpoint-*")):
-            finish(script, [*flags, str(broken), "--resume_from_checkpoint", "True"])
+            finish(script, [*flags, str(broken), *how_to_continue(broken)])
         first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, broken))
         return count, max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def how_to_continue(folder: Path) -> list[str]:
+    """Resume, or start anew if the run was killed before its first checkpoint was whole."""
+    whole = any((checkpoint / "adapter_info.json").exists() for checkpoint in folder.glob("checkpoint-*"))
+    return ["--resume_from_checkpoint" if whole else "--overwrite_output_dir", "True"]
 
 
 def finish(script: str, flags: list[str]) -> None:

@@ -4,20 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import REPOSITORY, Run
 from transformers import AutoModelForCausalLM
 
 import benchmark
-from benchmark import METHODS, BenchmarkArguments, check_losses
+from benchmark import BenchmarkArguments
+from finetuning.benchmarking.shapes import SHAPES, make_config, make_random_checkpoint
+from finetuning.benchmarking.table import METHODS, check_losses
 
-Run = Callable[..., str]
-REPOSITORY = Path(__file__).resolve().parents[1]
 
-
+@pytest.mark.slow
 def test_table_and_json(tmp_path: Path) -> None:
     """Four of the methods on tiny-qwen; the flattened and the padded run have one loss."""
     words = "--warmup_steps 1 --steps 2 --methods full,lora,lora_stock,prompt_tuning_4bit"
@@ -26,7 +26,7 @@ def test_table_and_json(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, check=False, **options)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "out/benchmark.json").read_text(encoding="utf-8"))
-    assert saved["model"] == "models/tiny-qwen" and saved["matrix_product_rate"] > 1e8
+    assert saved["model"] == "models/tiny-qwen" and saved["matrix_product_rate"] > 0
     results = saved["results"]
     assert list(results) == ["full", "lora", "lora_stock", "prompt_tuning_4bit"]
     total, adapter = results["full"]["trainable"], results["lora"]["trainable"]
@@ -36,9 +36,8 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert results["prompt_tuning_4bit"]["precision"] == "nf4"
     for figures in results.values():
         assert len(figures["losses"]) == 3 and 0.5 < figures["losses"][0] < 9
-        assert 0.3 < figures["peak_gib"] < 10 and figures["seconds"] > 0 and figures["cpu_seconds"] > 0
-        assert 0 < figures["operations_per_second"] < 3 * saved["matrix_product_rate"]
-        assert figures["supervised_tokens_per_second"] < 0.6 * figures["tokens_per_second"]
+        assert 0.3 < figures["peak_gib"] < 10 and figures["steps"] == 2
+        assert 0 < figures["supervised_tokens"] < 0.6 * figures["tokens"]
     assert results["lora"]["losses"] == pytest.approx(results["lora_stock"]["losses"], abs=1e-4)
     assert results["lora"]["losses"][0] == pytest.approx(results["full"]["losses"][0], abs=1e-4)
     table = [line for line in result.stdout.splitlines() if line.startswith("|")]
@@ -58,23 +57,21 @@ PARAMETERS = {  # of the released models
 }
 
 
-@pytest.mark.parametrize("shape", benchmark.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_those_of_the_released_models(shape: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(benchmark.make_config(shape, None))
+        model = AutoModelForCausalLM.from_config(make_config(shape))
     assert model.num_parameters() == PARAMETERS[shape]
 
 
 def test_random_checkpoint_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.SHAPES["qwen3-0.6b"], "vocab_size", 5000)
-    args = BenchmarkArguments(shape="qwen3-0.6b", layers=1, sequence_length=12, batch_size=2, warmup_steps=1, steps=3)
-    args.only = "lora"
-    benchmark.make_random_checkpoint(args, str(tmp_path))
+    monkeypatch.setitem(SHAPES["qwen3-0.6b"], "vocab_size", 5000)
+    args = BenchmarkArguments(sequence_length=12, batch_size=2, warmup_steps=1, steps=3, only="lora")
+    make_random_checkpoint("qwen3-0.6b", 1, str(tmp_path))
     figures = benchmark.measure(args, str(tmp_path))
     assert figures["trainable"] == 8 * (3 * 1024 + (16 + 8 + 8) * 128)
     assert len(figures["losses"]) == 4 and 7 < figures["losses"][0] < 12
-    ratio = figures["supervised_tokens_per_second"] / figures["tokens_per_second"]
-    assert ratio == pytest.approx(11 / 12)  # nothing predicts a row's first token
+    assert figures["tokens"] == 3 * 2 * 12 and figures["supervised_tokens"] == 3 * 2 * 11  # all but a row's first
 
 
 def losses(*values: float, precision: str = "float32") -> dict[str, object]:
@@ -92,7 +89,7 @@ def test_runs_with_other_losses_are_not_compared(capsys: pytest.CaptureFixture[s
     ):
         with pytest.raises(SystemExit) as stop:
             check_losses(bad)
-        assert stop.value.code == 1 and "can not be compared" in capsys.readouterr().err
+        assert stop.value.code == 1 and "cannot be compared" in capsys.readouterr().err
 
 
 BAD_FLAGS = {

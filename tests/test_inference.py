@@ -1,21 +1,21 @@
-"""inference.py: a saved adapter answers as it was trained, or says why it can not."""
+"""inference.py: a saved adapter answers as it was trained, or says why it cannot."""
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, save_checkpoint
 from safetensors.torch import load_file, save_file
+from support import Run, make_model, make_tokenizer, save_checkpoint
 
 import inference
 import train_lora
-from adapters import base_fingerprint, compare_fingerprints
-
-Run = Callable[..., str]
+from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints
+from finetuning.cli.arguments import ModelArguments
+from finetuning.generation import evaluate
 
 
 def train(monkeypatch: pytest.MonkeyPatch, model_path: str, rows_path: str, out: Path, *flags: object) -> str:
@@ -61,8 +61,6 @@ def test_batches_answer_as_single_rows(run: Run, adapter_path: str, rows_path: s
 
 def test_checkpointing_and_dropout_are_off(adapter_path: str, base_path: str) -> None:
     """Trap 16."""
-    from arguments import ModelArguments
-
     model, *_ = inference.load_for_inference(ModelArguments(model_path=None, load_in_4bit=None), adapter_path)
     assert not any(module.training for module in model.modules())
     assert not model.get_base_model().is_gradient_checkpointing
@@ -149,12 +147,12 @@ def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_pa
     )
     (folder / "adapter_info.json").write_text(json.dumps(info), encoding="utf-8")
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
-    assert "can not be rendered" in ask(chat_template_jinja=escape)
+    assert "cannot be rendered" in ask(chat_template_jinja=escape)
     pickled = tmp_path / "pickled"
     shutil.copytree(base_path, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    message = run("--adapter_path", "none", "--model_path", pickled, "--instruction", "a", expected=2)
+    message = run("--model_path", pickled, "--instruction", "a", expected=2)
     assert "safetensors" in message
 
 
@@ -196,7 +194,7 @@ BAD_FLAGS = {
     "one label": (["--instruction", "a", "--labels", "yes"], "two or more"),
     "a label twice": (["--instruction", "a", "--labels", "yes,no,yes"], "different"),
     "no known labels": (["--instruction", "a", "--labels", "auto"], "--labels 正面,负面"),
-    "output in a file": (["--data_path", "ROWS", "--output_file", "ROWS/out.jsonl"], "can not be written"),
+    "output in a file": (["--data_path", "ROWS", "--output_file", "ROWS/out.jsonl"], "cannot be written"),
 }
 
 
@@ -225,7 +223,7 @@ def test_answers_do_not_need_the_scorer(
     run: Run, adapter_path: str, rows_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The contract's pip command does not install sacrebleu."""
-    monkeypatch.setattr("metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("finetuning.generation.metrics.find_spec", lambda name: None)
     printed = run("--adapter_path", adapter_path, "--data_path", rows_path)
     assert printed.count('"prediction"') == 12 and "exact match" not in printed
 
@@ -239,7 +237,7 @@ def test_cut_answers_are_counted(run: Run, adapter_path: str, rows_path: str, tm
     assert saved["cut"] == saved["rows"] == saved["scores"]["rows"]["rows"] == 12
 
 
-# ---- an interrupted run goes on
+# ---- an interrupted run resumes
 
 
 def test_interrupted_file_goes_on(
@@ -249,25 +247,25 @@ def test_interrupted_file_goes_on(
     flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--batch_size", 2, "--output_file"]
     run(*flags, tmp_path / "whole.jsonl")
     asked = []
-    generate = inference.answer_in_batches
+    generate = evaluate.answer_in_batches
 
-    def stop_after_three(model, tokenizer, prompts, *rest):  # noqa: ANN001, ANN202
+    def stop_after_three(model: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any) -> Any:
         asked.append(len(prompts))
         for number, batch in enumerate(generate(model, tokenizer, prompts, *rest)):
             if number == {1: 3, 2: 1}.get(len(asked)):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(inference, "answer_in_batches", stop_after_three)
+    monkeypatch.setattr(evaluate, "answer_in_batches", stop_after_three)
     out = tmp_path / "out.jsonl"
-    assert "the same command goes on from here" in run(*flags, out, expected=130)
+    assert "the same command resumes from here" in run(*flags, out, expected=130)
     partial = tmp_path / "out.jsonl.partial"
     assert not out.exists() and len(partial.read_text(encoding="utf-8").splitlines()) == 1 + 6
     assert "max_new_tokens 8, not 9" in run(*flags, out, "--max_new_tokens", 9, expected=2)
     with open(partial, "ab") as file:
         file.write(b'{"row": 11, "predi')
     run(*flags, out, expected=130)  # once more: what follows half a line must stay readable
-    assert "going on after 8 rows" in run(*flags, out)
+    assert "resuming after the 8 rows" in run(*flags, out)
     assert asked == [12, 6, 4] and not partial.exists()
     assert out.read_text(encoding="utf-8") == (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
 

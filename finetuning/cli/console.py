@@ -1,0 +1,61 @@
+"""What the scripts say: lines on stdout, warnings on stderr, and one message if a run cannot continue."""
+
+import os
+import shlex
+import sys
+from typing import Any, NoReturn
+
+
+def say(text: str) -> None:
+    """Print a line, only once if several processes train together."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print what is wrong and the remedy, and exit. No traceback: those are for bugs of ours.
+
+    Args:
+        message: names the file, row, field or flag.
+        code: 2 for a mistake of the user's; 1 for a run that went wrong, for example a loss that is not a number.
+    """
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def end_quietly_on_interrupt() -> None:
+    """Let Ctrl-C end the program without a traceback. During training, `StopOnSignal` handles it instead."""
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped", file=sys.stderr, flush=True)
+            os._exit(130)
+        else:
+            others(kind, *rest)
+
+    sys.excepthook = hook
+
+
+def resume_command() -> str:
+    """The command line that resumes this run from its last checkpoint."""
+    words = ["python", *sys.argv]
+    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    return shlex.join([*words, "--resume_from_checkpoint", "True"])
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether a write failed. torch and safetensors report a full disk in their own words."""
+    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "File too large", "I/O error")
+    return isinstance(error, OSError) or any(word in str(error) for word in words)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

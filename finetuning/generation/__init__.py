@@ -1,0 +1,1 @@
+"""From prompts to answers, and how good they are."""

@@ -1,0 +1,62 @@
+"""Answering an instruction or the rows of a data file, by generation or by choosing among labels."""
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetuning.cli.console import warn
+from finetuning.generation.generate import AnswerStreamer, answer_in_batches, encode_question, generate
+from finetuning.generation.label_scoring import classify_in_batches
+from finetuning.generation.predictions import Predictions
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    predictions: Predictions,
+    batch_size: int,
+    config: GenerationConfig,
+    labels: list[tuple[str, ...]] | None = None,
+    disable_tqdm: bool = False,
+) -> None:
+    """Answer the rows that `predictions` lacks, and add them to it batch by batch.
+
+    Args:
+        config: from `make_generation_config`; not used with labels.
+        labels: for each row the labels to choose from; None to generate the answers.
+    """
+    todo = [number for number in range(len(rows)) if number not in predictions.by_row]
+    prompts = [encode_question(rows[number], tokenizer) for number in todo]
+    if labels:
+        batches = classify_in_batches(model, tokenizer, prompts, [labels[number] for number in todo], batch_size)
+    else:
+        batches = answer_in_batches(model, tokenizer, prompts, batch_size, config)
+    initial = len(rows) - len(todo)
+    with tqdm(total=len(rows), initial=initial, desc="answering", unit="row", disable=disable_tqdm) as bar:
+        for places, batch in batches:
+            predictions.add([todo[place] for place in places], batch)
+            bar.update(len(places))
+
+
+def answer_instruction(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    config: GenerationConfig,
+    labels: list[tuple[str, ...]] | None = None,
+) -> None:
+    """Print the answer to one row, on a terminal while it is generated; or the labels' probabilities, best first."""
+    prompt = encode_question(row, tokenizer)
+    if labels:
+        _, [prediction] = next(classify_in_batches(model, tokenizer, [prompt], labels, batch_size=1))
+        for label, probability in prediction["probabilities"].items():
+            print(f"{label}\t{probability:.4f}")
+        return
+    streamer = AnswerStreamer(tokenizer, lambda text: print(text, end="", flush=True)) if sys.stdout.isatty() else None
+    answer = generate(model, tokenizer, [prompt], config, streamer)[0]
+    print("" if streamer else answer.text)
+    if answer.cut:
+        warn(f"the answer was cut at {config.max_new_tokens} tokens (--max_new_tokens)")

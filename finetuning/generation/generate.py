@@ -1,0 +1,165 @@
+"""From prompts to generated answers, in batches or as a stream."""
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.preprocessing.prompts import (
+    PLAIN_ANSWER,
+    clean_answer,
+    encode_messages,
+    pad_token_id,
+    stop_token_ids,
+    to_messages,
+)
+from finetuning.preprocessing.rows import question
+
+MAX_NEW_TOKENS = 256  # longest answer
+
+
+@dataclass
+class Answer:
+    text: str
+    token_ids: list[int]  # with the stop token, if there is one
+    cut: bool  # it reached max_new_tokens without a stop token
+
+
+def make_generation_config(
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+) -> GenerationConfig:
+    """How answers are generated: by default greedily, up to either of Qwen's stop tokens.
+
+    Every value that matters is set, because `generate` takes missing ones from the model's own configuration: that of
+    Qwen2.5-Instruct asks for sampling and a repetition penalty of 1.05.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        **sampling,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+    )
+
+
+def encode_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt of a row: its token ids up to the beginning of the answer."""
+    return encode_messages(to_messages(question(row), tokenizer), tokenizer)[0]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+) -> list[Answer]:
+    """Answer a batch of prompts. Each prompt gets the answer that it would get alone.
+
+    Args:
+        prompts: token ids, of any lengths.
+        config: from `make_generation_config`.
+        streamer: gets each token as it is generated; for a single prompt only.
+    """
+    input_ids, attention_mask = pad_left(model, prompts, config.pad_token_id)
+    length = input_ids.shape[1]
+    penalties = []
+    if config.repetition_penalty != 1:
+        # only the answer counts, not the prompt, and not the padding, which is a stop token
+        ignored = 0 if isinstance(model, SoftPromptModel) else length
+        penalties = [RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_ignore_length=ignored)]
+        config = copy(config)
+        config.repetition_penalty = 1.0
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        generation_config=config,
+        logits_processor=penalties,
+        streamer=streamer,
+    )
+    answers = []
+    for ids in output[:, length:].tolist():
+        end = next((place for place, token in enumerate(ids) if token in config.eos_token_id), None)
+        text = clean_answer(tokenizer.decode(ids[:end]), tokenizer)
+        answers.append(Answer(text, ids if end is None else ids[: end + 1], cut=end is None))
+    return answers
+
+
+def pad_left(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a batch of prompts, each after the model's virtual tokens if it has any, padded on the left.
+
+    Returns:
+        `input_ids` and `attention_mask`, (B, L) on the model's device.
+    """
+    if isinstance(model, SoftPromptModel):
+        prompts = [model.virtual_tokens + ids for ids in prompts]
+    length = max(map(len, prompts))
+    input_ids = [[pad_id] * (length - len(ids)) + ids for ids in prompts]
+    attention_mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids, device=model.device), torch.tensor(attention_mask, device=model.device)
+
+
+def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the prompts in batches of similar length, the longest first: memory runs out early or never."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def answer_in_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    batch_size: int,
+    config: GenerationConfig,
+) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Answer prompts in batches. Yields the numbers of a batch's prompts, and for each `prediction`, perhaps `cut`."""
+    for numbers in batches_by_length(prompts, batch_size):
+        answers = generate(model, tokenizer, [prompts[number] for number in numbers], config)
+        yield numbers, [{"prediction": answer.text} | ({"cut": True} if answer.cut else {}) for answer in answers]
+
+
+class AnswerStreamer(BaseStreamer):
+    """Passes on the text of an answer while it is generated, without the parts that belong to the format."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.write = write
+        self.stop_ids = stop_token_ids(tokenizer)
+        self.token_ids: list[int] | None = None  # None until the prompt has come, which is put first
+        self.text = ""  # what has been written
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.token_ids is None:
+            self.token_ids = []
+            return
+        self.token_ids += [token for token in value.tolist() if token not in self.stop_ids]
+        text = self.tokenizer.decode(self.token_ids)
+        # wait for the rest of a character of several tokens, and of the words before a plain answer
+        if not text.endswith("\ufffd") and not PLAIN_ANSWER.startswith(text):
+            self.write_up_to(clean_answer(text, self.tokenizer))
+
+    def end(self) -> None:
+        self.write_up_to(clean_answer(self.tokenizer.decode(self.token_ids), self.tokenizer))
+
+    def write_up_to(self, text: str) -> None:
+        self.write(text[len(self.text) :])
+        self.text = text

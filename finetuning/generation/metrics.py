@@ -1,0 +1,120 @@
+"""Scores: exact match, BLEU and chrF for texts; accuracy, macro-F1 and the confusion matrix for label words."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from finetuning.cli.console import say, warn
+from finetuning.preprocessing.label_words import find_labels
+from finetuning.preprocessing.rows import by_task, expected_answer
+
+OTHER = "(other)"  # in a confusion matrix: any answer that is not a label
+LARGEST_TABLE = 12  # labels; a larger confusion matrix is only in the file
+
+
+def missing_scorers() -> list[str]:
+    """The packages that `score` lacks: the README's shortest pip command does not install them."""
+    return [name for module, name in (("sacrebleu", "sacrebleu"), ("sklearn", "scikit-learn")) if not find_spec(module)]
+
+
+def report(rows: list[dict[str, Any]], predictions: list[dict[str, Any]], file: Path | None, **head: Any) -> None:
+    """Print how many answers were cut and, for rows with the right answer, the scores.
+
+    Args:
+        predictions: for each row `prediction`, and `cut` if the answer did not end.
+        file: gets the same as JSON.
+        head: fields to put first in the file.
+    """
+    cut = sum("cut" in prediction for prediction in predictions)
+    say(f"{len(rows)} rows answered, {cut} of the answers cut before their end")
+    head |= {"rows": len(rows), "cut": cut}
+    numbers = [number for number, row in enumerate(rows) if expected_answer(row) is not None]
+    if missing_scorers():
+        warn(f"no scores without {' and '.join(missing_scorers())}: pip install {' '.join(missing_scorers())}")
+    elif numbers:
+        head["scores"] = score(
+            [rows[number] for number in numbers],
+            [predictions[number]["prediction"] for number in numbers],
+            [expected_answer(rows[number]) for number in numbers],
+        )
+        say(format_scores(head["scores"]))
+    if file:
+        file.write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def score(rows: list[dict[str, Any]], answers: list[str], references: list[str]) -> dict[str, dict[str, Any]]:
+    """Compare answers with the right ones, ignoring white space around them.
+
+    Args:
+        rows: may hold `task`, by which they are grouped.
+        answers, references: one for each row.
+
+    Returns:
+        For each task in order of appearance, and for "all" if there are several: `rows` (a count), `exact_match`
+        (percent), and
+
+        if the references are texts: `bleu` and `chrf` (sacrebleu's corpus BLEU and chrF2, 0 to 100), and
+        `bleu_tokenizer`, "zh" if a reference has Chinese characters, else "13a";
+
+        if they are label words (`find_labels`): `accuracy` (percent), `macro_f1` (mean F1 of the labels, percent),
+        `labels`, and `confusion_matrix`: a row for each right label, a column for each answered label, in the order of
+        `labels`, and a last column for any other answer.
+    """
+    groups = by_task(rows)
+    if len(groups) > 1:
+        groups["all"] = list(range(len(rows)))
+    return {
+        task: score_group(
+            [answers[number].strip() for number in numbers], [references[number].strip() for number in numbers]
+        )
+        for task, numbers in groups.items()
+    }
+
+
+def score_group(answers: list[str], references: list[str]) -> dict[str, Any]:
+    exact_match = 100 * sum(map(str.__eq__, answers, references)) / len(references)
+    common = {"rows": len(references), "exact_match": exact_match}
+    labels = find_labels(references)
+    if labels is None:
+        return common | score_texts(answers, references)
+    return common | score_label_words(answers, references, labels)
+
+
+def score_texts(answers: list[str], references: list[str]) -> dict[str, Any]:
+    from sacrebleu import corpus_bleu, corpus_chrf  # here because training does not need it
+
+    chinese = any("\u4e00" <= character <= "\u9fff" for text in references for character in text)
+    tokenizer = "zh" if chinese else "13a"
+    return {
+        "bleu": corpus_bleu(answers, [references], tokenize=tokenizer).score,
+        "chrf": corpus_chrf(answers, [references]).score,
+        "bleu_tokenizer": tokenizer,
+    }
+
+
+def score_label_words(answers: list[str], references: list[str], labels: list[str]) -> dict[str, Any]:
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    predicted = [answer if answer in labels else OTHER for answer in answers]
+    return {
+        "accuracy": 100 * accuracy_score(references, predicted),
+        "macro_f1": 100 * f1_score(references, predicted, labels=labels, average="macro", zero_division=0),
+        "labels": labels,
+        "confusion_matrix": confusion_matrix(references, predicted, labels=[*labels, OTHER])[:-1].tolist(),
+    }
+
+
+def format_scores(scores: dict[str, dict[str, Any]]) -> str:
+    """The result of `score` as Markdown: a table of all tasks, and a confusion matrix for each with label words."""
+    lines = ["| task | rows | exact match | macro-F1 | BLEU | chrF |", "|---|--:|--:|--:|--:|--:|"]
+    for task, values in scores.items():
+        numbers = [f"{values[name]:.1f}" if name in values else "" for name in ("macro_f1", "bleu", "chrf")]
+        lines.append(f"| {task} | {values['rows']} | {values['exact_match']:.1f}% | {' | '.join(numbers)} |")
+    for task, values in scores.items():
+        if "labels" in values and len(values["labels"]) <= LARGEST_TABLE:
+            lines += ["", f"| {task}: right answer | {' | '.join([*values['labels'], OTHER])} |"]
+            lines.append("|---|" + "--:|" * (len(values["labels"]) + 1))
+            for label, counts in zip(values["labels"], values["confusion_matrix"], strict=True):
+                lines.append(f"| {label} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""How an adapter is trained: batches, attention, loss, Trainer, checkpoints, callbacks, memory."""

@@ -1,0 +1,115 @@
+"""Callbacks that watch a training run."""
+
+import math
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetuning.cli.console import fail, resume_command, say
+
+# With fp16 the first gradients overflow until the loss scale has come down. That is normal, but not this many times.
+FP16_OVERFLOWS = 5
+MOST_ROWS = 16  # named in a message
+
+
+class StopOnSignal(TrainerCallback):
+    """Lets Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second signal ends it at once.
+
+    Several processes would stop at different steps and wait for each other: there the signals keep their usual effect.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            self.before = {number: signal.signal(number, self.catch) for number in self.SIGNALS}
+
+    def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = number
+        say("\nstopping after this step, with a checkpoint (once more: stop at once)")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def exit_if_caught(self) -> None:
+        """End the program with the exit code that a shell expects after a signal: 130 or 143."""
+        if self.caught:
+            fail(f"stopped by {signal.Signals(self.caught).name}; resume with:\n{resume_command()}", 128 + self.caught)
+
+
+class NotFiniteGuard(TrainerCallback):
+    """Stops the run at the first logged loss or gradient norm that is NaN or infinite, and names the rows it came from.
+
+    Losses stay on their device until the next log, so that no step has to wait for the GPU. A checkpoint is written
+    only after a log of the same step, so every checkpoint is a good one.
+    """
+
+    def __init__(self) -> None:
+        self.overflows = 0  # logs in a row
+        self.step = 1  # the step in progress
+        self.forwards: list[tuple[int, list[int], torch.Tensor]] = []  # step, row numbers, loss
+
+    def record(self, row_numbers: list[int], loss: torch.Tensor) -> None:
+        """Keep the loss of a training batch and the numbers of its rows until the next log."""
+        self.forwards.append((self.step, row_numbers, loss))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step + 1
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        values = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm") if name in logs}
+        self.overflows = 0 if math.isfinite(values.get("grad_norm", 0.0)) else self.overflows + 1
+        if args.fp16 and self.overflows < FP16_OVERFLOWS:
+            values.pop("grad_norm", None)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                advice = "--bf16 True, or a lower --learning_rate" if args.fp16 else "a lower --learning_rate"
+                fail(
+                    f"{self.find_source(state.global_step)}: {name} is {value}: training stops and no adapter is "
+                    f"saved; checkpoints in {args.output_dir} are from before.\nTry {advice}",
+                    code=1,
+                )
+        if "loss" in logs:
+            self.forwards.clear()
+
+    def find_source(self, last_step: int) -> str:
+        """The step and the rows of the first loss that is not finite; those of the last step if all losses are."""
+        bad = [forward for forward in self.forwards if not forward[2].isfinite()]
+        step = bad[0][0] if bad else last_step
+        numbers = [n for its_step, its_rows, _ in bad[:1] or self.forwards if its_step == step for n in its_rows]
+        shown = ", ".join(map(str, sorted(numbers)[:MOST_ROWS])) + (", ..." if len(numbers) > MOST_ROWS else "")
+        return f"step {step}" + (f" (rows {shown} of the data file)" if numbers else "")

@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or known not to be, and what an output folder may already hold.
+
+The Trainer writes a checkpoint; `CheckpointWriter` then adds `adapter_info.json`, when everything else is on the disk.
+A checkpoint without that file is half written.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from finetuning.adapter.folder import CONFIG, INFO, METRICS, SCRATCH, WEIGHTS
+from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+
+STATE = "trainer_state.json"
+PICKLES = ("optimizer.pt", "scheduler.pt")
+
+# Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
+NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+
+
+class CheckpointWriter(TrainerCallback):
+    """Makes each checkpoint of the Trainer an adapter too, marks it as whole, and then removes the oldest.
+
+    Args:
+        adapter_files: texts by file name, `adapter_info.json` among them.
+        save_total_limit: how many checkpoints to keep; None for all.
+    """
+
+    def __init__(self, adapter_files: dict[str, str], save_total_limit: int | None) -> None:
+        self.adapter_files = adapter_files
+        self.save_total_limit = save_total_limit
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove a checkpoint of the same step, which the resumed run had left, before the new one is written."""
+        if control.should_save:
+            folder = checkpoint_folder(args.output_dir, state.global_step)
+            if args.should_save and folder.exists():
+                shutil.rmtree(folder)
+            PartialState().wait_for_everyone()
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if not args.should_save:
+            return
+        folder = checkpoint_folder(args.output_dir, state.global_step)
+        for name, text in self.adapter_files.items():
+            if name != INFO:
+                (folder / name).write_text(text, encoding="utf-8")
+        flush_to_disk(folder)
+        (folder / INFO).write_text(self.adapter_files[INFO], encoding="utf-8")
+        flush_to_disk(folder)
+        # by the number of the step: copied files may have any time
+        rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
+
+
+def checkpoint_folder(output_dir: str, step: int) -> Path:
+    return Path(output_dir, f"checkpoint-{step}")
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, so that a power cut cannot take their contents."""
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    if os.name != "nt":  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
+    """If `error` is a checkpoint that could not be written, remove its half and end the program with the remedy."""
+    folder = checkpoint_folder(output_dir, step)
+    half_written = folder.is_dir() and find_broken_part(folder)
+    if not is_disk_error(error) or not (half_written or str(folder) in str(error)):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(output_dir).free / 2**20
+    last = next((str(path) for path in find_checkpoints(output_dir) if not find_broken_part(path)), "none yet")
+    fail(
+        f"{folder} cannot be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
+        f"The last whole checkpoint is {last}. Make room, and resume with: {resume_command()}",
+        1,
+    )
+
+
+def check_output_dir(output_dir: str, allowed: bool) -> None:
+    """Refuse an output folder that is in use, unless its contents may be replaced or resumed."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--output_dir '{folder}' is a file; name a folder")
+    if (folder / "config.json").exists():
+        fail(f"--output_dir '{folder}' holds a model; name another folder, so that the model stays as it is")
+    if allowed or not folder.is_dir() or all(path.name.startswith((".gitkeep", SCRATCH)) for path in folder.iterdir()):
+        return
+    kind = "an adapter" if (folder / WEIGHTS).exists() else "files"
+    remedy = "name another folder, or add --overwrite_output_dir True to replace what it holds"
+    checkpoints = find_checkpoints(folder)
+    if checkpoints:
+        kind = "checkpoints"
+        if all(find_broken_part(checkpoint) for checkpoint in checkpoints):
+            kind += ", none of them whole"
+        else:
+            remedy += "\nor --resume_from_checkpoint True to resume from the last checkpoint"
+    fail(f"--output_dir '{folder}' already holds {kind}; {remedy}")
+
+
+def clear_output_dir(output_dir: str, overwrite: bool) -> None:
+    """Remove what a killed run was still writing and, to overwrite, the checkpoints and scores of an earlier run."""
+    for folder in Path(output_dir).glob(SCRATCH + "*"):
+        shutil.rmtree(folder)
+    if overwrite:
+        remove_checkpoints(output_dir)
+        Path(output_dir, METRICS).unlink(missing_ok=True)
+
+
+def find_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, the latest step first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def remove_checkpoints(output_dir: str) -> None:
+    for folder in find_checkpoints(output_dir):
+        shutil.rmtree(folder)
+
+
+def find_broken_part(folder: Path) -> str | None:
+    """The first file that a checkpoint lacks, or that was only half written; None for a whole checkpoint."""
+    for name in (CONFIG, WEIGHTS, *PICKLES, STATE, INFO):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if not any(folder.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    try:
+        for name in (CONFIG, STATE, INFO):
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, "pt"):  # compares the header with the file's size
+            pass
+    except (ValueError, SafetensorError):
+        return f"{name if name != INFO else WEIGHTS} is broken"
+    for path in [folder / name for name in PICKLES] + list(folder.glob("rng_state*.pth")):
+        if not zipfile.is_zipfile(path):  # torch.save writes a zip file, whose table of contents comes last
+            return f"{path.name} is broken"
+    return None
+
+
+def find_resume_checkpoint(
+    output_dir: str, wanted: str | None, model: PeftModel, adapter_files: dict[str, str]
+) -> str | None:
+    """The checkpoint to resume from.
+
+    Args:
+        wanted: `--resume_from_checkpoint`: a folder, or "True" for the newest whole checkpoint.
+        adapter_files: those of the run that is about to start, from `describe_adapter`.
+
+    Raises:
+        SystemExit: code 2, if there is none, or it is of another adapter, base model or data file.
+    """
+    if not wanted or wanted.lower() == "false":
+        return None
+    candidates = find_checkpoints(output_dir) if wanted.lower() == "true" else [Path(wanted)]
+    for folder in candidates:
+        broken = find_broken_part(folder)
+        if broken is None:
+            break
+        warn(f"checkpoint '{folder}' is not whole ({broken})")
+    else:
+        fail(
+            f"--resume_from_checkpoint {wanted}: there is no whole checkpoint to resume from;\n"
+            "leave the flag out, or start anew with --overwrite_output_dir True"
+        )
+
+    remedy = "repeat the first command, or start anew with another --output_dir"
+    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    current = model.peft_config["default"].to_dict()
+    for name in sorted(current.keys() - set(NOT_COMPARED)):
+        value = sorted(current[name]) if isinstance(current[name], set) else current[name]
+        old = sorted(saved[name]) if isinstance(current[name], set) else saved.get(name)
+        if old != json.loads(json.dumps(value)):
+            fail(f"'{folder}' was trained with {name} {old}, not {value}; {remedy}")
+    saved_info, info = json.loads((folder / INFO).read_text(encoding="utf-8")), json.loads(adapter_files[INFO])
+    for name in ("base_fingerprint", "quantization", "data_sha256", "prompt_format"):
+        if saved_info[name] != info[name]:
+            fail(f"'{folder}' was trained with another {name}; {remedy}")
+    return str(folder)

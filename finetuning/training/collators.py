@@ -1,0 +1,114 @@
+"""Batches without waste: no padding if the model allows it, and logits only for supervised tokens.
+
+Instruction rows are short and Qwen's vocabulary is large, so the padding between rows and the logits of prompt tokens
+(152k numbers for each token) are most of a stock batch. Both collators also work with the stock `Trainer`, which passes
+every key of the batch to the model's forward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from finetuning.adapter.soft_prompts import VIRTUAL_TOKEN
+from finetuning.preprocessing.prompts import IGNORE_INDEX
+
+# Families in which every layer is full attention, so that nothing passes from row to row unless the mask allows it.
+# The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
+FULL_ATTENTION_FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
+def can_flatten(config: PreTrainedConfig) -> bool:
+    """Whether rows may be laid end to end in one sequence: the model has full attention in every layer."""
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    return config.model_type in FULL_ATTENTION_FAMILIES and set(layer_types) == {"full_attention"}
+
+
+@dataclass
+class FlattenCollator:
+    """Joins the rows of a batch into one sequence, without padding.
+
+    `position_ids` start again at 0 for each row. transformers reads the row boundaries from them and keeps attention
+    inside each row, but only if no key-value cache is built, hence `use_cache`.
+
+    Args:
+        num_virtual_tokens: VIRTUAL_TOKEN ids to put in front of each row.
+
+    Returns, for T tokens: `input_ids` and `position_ids` (1, T), `row_lengths` (for attention.py), `row_numbers` (for
+    NotFiniteGuard), and what `supervised_only` adds.
+    """
+
+    num_virtual_tokens: int = 0
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
+        input_ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
+        position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
+        # The last token of the row before would predict a row's first label: it is not supervised.
+        labels = torch.tensor([[label for row in rows for label in [IGNORE_INDEX, *row["labels"][1:]]]])
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "row_lengths": [len(row["input_ids"]) for row in rows],
+            "use_cache": False,
+            **name_rows(rows),
+            **supervised_only(labels),
+        }
+
+
+@dataclass
+class PadCollator:
+    """Pads the rows of a batch on the right to the longest, for models that cannot take flattened rows.
+
+    Returns, for B rows of at most L tokens: `input_ids` and `attention_mask` (B, L), `row_numbers`, and what
+    `supervised_only` adds.
+    """
+
+    pad_token_id: int
+    num_virtual_tokens: int = 0
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def pad(field: str, value: int) -> torch.Tensor:
+            return torch.tensor([list(row[field]) + [value] * (length - len(row[field])) for row in rows])
+
+        return {
+            "input_ids": pad("input_ids", self.pad_token_id),
+            "attention_mask": pad("attention_mask", 0),
+            "use_cache": False,
+            **name_rows(rows),
+            **supervised_only(pad("labels", IGNORE_INDEX)),
+        }
+
+
+def name_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The rows' numbers in their data file; nothing if the dataset does not have them."""
+    return {"row_numbers": [row["row_number"] for row in rows]} if "row_number" in rows[0] else {}
+
+
+def add_virtual_tokens(row: dict[str, list[int]], count: int) -> dict[str, list[int]]:
+    return row | {
+        "input_ids": [VIRTUAL_TOKEN] * count + row["input_ids"],
+        "attention_mask": [1] * count + row["attention_mask"],
+        "labels": [IGNORE_INDEX] * count + row["labels"],
+    }
+
+
+def supervised_only(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Restrict logits and labels to the positions that predict a supervised token in some row of the batch.
+
+    Args:
+        labels: (B, L), aligned with `input_ids` (not shifted), IGNORE_INDEX for tokens that are not supervised.
+
+    Returns:
+        `logits_to_keep`: (K,) positions of the sequence whose logits are computed.
+        `labels`, `shift_labels`: (B, K) the token that follows each of those positions. transformers' loss reads
+        `shift_labels`, but only computes a loss if there are `labels`.
+    """
+    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    positions = (next_labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    shift_labels = next_labels[:, positions]
+    return {"logits_to_keep": positions, "labels": shift_labels, "shift_labels": shift_labels}

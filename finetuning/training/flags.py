@@ -1,0 +1,132 @@
+"""The flags of the training scripts, checked before anything is loaded."""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
+from finetuning.cli.console import fail, say
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data and output"
+
+    data_path: str = field(
+        default=beside_scripts("data/train.json"),
+        metadata={"help": "training rows: a JSON list or JSON Lines with instruction, input, output (or messages)"},
+    )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "rows to evaluate on: the loss after every epoch, unless --eval_strategy says otherwise, and the "
+            "metrics at the end"
+        },
+    )
+    eval_metrics: bool = field(
+        default=True,
+        metadata={"help": "answer the rows of eval_data_path after training, and print how good the answers are"},
+    )
+    max_length: int = field(default=1024, metadata={"help": "longest row, in tokens; longer rows are cut at the end"})
+    prompt_format: str = field(
+        default="auto",
+        metadata={
+            "help": "chat: the model's own template; plain: Instruction, Input, Output; auto: chat for instruct models "
+            "and plain for base models",
+            "choices": ["auto", "chat", "plain"],
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace the adapter and the checkpoints in --output_dir"}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "measure the memory that the longest rows need, and the time of the run; train nothing"},
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "keep the checkpoints of a finished run; each is about as large as 3 adapters"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"--max_length {self.max_length}: a row needs at least 2 tokens, a prompt and an answer")
+
+
+@dataclass
+class Arguments:
+    """The command line of a training script, in its groups."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: Any  # the method's own dataclass
+    training: TrainingArguments
+
+
+def parse_arguments(
+    method_arguments: type, description: str | None, argv: list[str] | None = None, **defaults: Any
+) -> Arguments:
+    """Parse a training script's command line, and settle precision and device.
+
+    Args:
+        method_arguments: the dataclass of the method's own flags.
+        defaults: the method's defaults for fields of TrainingArguments.
+
+    Raises:
+        SystemExit: code 2, for a flag or value that cannot be used.
+    """
+    parser = ScriptParser((ModelArguments, DataArguments, method_arguments, TrainingArguments), description)
+    parser.set_defaults(
+        fp16=True,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # the filter would log a NaN loss as 0.0
+        save_steps=200,
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,  # batches are made while the GPU works
+        save_total_limit=2,
+        ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
+        remove_unused_columns=False,  # the row numbers are for the messages of NotFiniteGuard
+        prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
+        **defaults,
+    )
+    flags = parser.parse_flags(argv)
+    on_cuda = torch.cuda.is_available() and not flags.use_cpu
+    flags.bf16 = flags.bf16 and on_cuda
+    flags.fp16 = flags.fp16 and on_cuda and not flags.bf16
+    flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
+    if flags.use_liger_kernel and not (on_cuda and find_spec("liger_kernel")):
+        fail("--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out")
+    if flags.eval_data_path and flags.eval_strategy == "no":
+        flags.eval_strategy = "epoch"
+    if flags.load_best_model_at_end:
+        if not flags.eval_data_path:
+            fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
+        if flags.save_strategy == "steps":
+            flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
+    args = Arguments(*parser.to_dataclasses(flags))
+    check_combinations(args.data, args.training)
+    if args.training.n_gpu > 1:
+        # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
+        args.training._n_gpu = 1
+        say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
+    if not on_cuda:
+        say("no GPU: training in float32 (half precision is many times slower on a CPU)")
+    elif flags.fp16 and torch.cuda.is_bf16_supported():
+        say("training in float16; --bf16 True is safer for Qwen, and this GPU supports it")
+    return args
+
+
+def check_combinations(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Refuse flags that exclude each other, or lack a package or a file."""
+    reports = training_args.report_to
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name not in ("none", "all") and not find_spec(name):
+            fail(f"--report_to {name} needs the package of that name: pip install {name}, or leave the flag out")
+    if training_args.label_smoothing_factor:
+        fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
+    if training_args.eval_strategy != "no" and not data_args.eval_data_path:
+        fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
+    if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
+        fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")

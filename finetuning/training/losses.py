@@ -1,0 +1,96 @@
+"""The loss in chunks: of the logits, 152k numbers for each token, only those of a few tokens are in memory at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from finetuning.preprocessing.prompts import IGNORE_INDEX
+
+LOGITS_MEMORY = 2**27  # bytes of float32 logits in memory at once: 128 MiB, 220 tokens of Qwen's vocabulary
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T`, and its gradient for `hidden`, chunk by chunk in one pass.
+
+    The weights of lm_head are frozen, so a chunk's gradient, softmax minus one-hot, is known as soon as its logits are,
+    and no logits have to be kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the tokens' cross-entropies, divided by `divisor`.
+
+        Args:
+            hidden: (N, hidden_size). weight: (vocabulary, hidden_size).
+            targets: (N,) token ids, or IGNORE_INDEX for tokens that do not count.
+        """
+        counted = (targets != IGNORE_INDEX).float().unsqueeze(1)
+        targets = targets.clamp(min=0).unsqueeze(1)
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        tokens = max(1, LOGITS_MEMORY // (4 * len(weight)))
+        for start in range(0, len(hidden), tokens):
+            part = slice(start, start + tokens)
+            logits = (hidden[part].to(weight.dtype) @ weight.T).float()
+            of_targets = logits.gather(1, targets[part])
+            largest = logits.amax(dim=1, keepdim=True)
+            exponentials = logits.sub_(largest).exp_()  # in place: a chunk of logits is never copied
+            sums = exponentials.sum(dim=1, keepdim=True)
+            total += ((sums.log() + largest - of_targets) * counted[part]).sum()
+            if gradient is not None:
+                probabilities = exponentials.mul_(counted[part] / sums)
+                probabilities.scatter_add_(1, targets[part], -counted[part])
+                gradient[part] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient, divisor)
+        return total / divisor
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient, divisor = ctx.saved_tensors
+        return (gradient.float() * (scale / divisor)).to(gradient.dtype), None, None, None
+
+
+class ChunkedLoss:
+    """A `compute_loss_func` for the Trainer that needs the hidden states before lm_head, and not the logits.
+
+    Args:
+        head: the model's lm_head, whose weights are frozen.
+    """
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        if head.weight.requires_grad:
+            raise ValueError("lm_head is trained: its own gradient needs the logits")
+        self.head = head
+
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Inside the context, a forward hands its hidden states to this loss, and a single position on to lm_head."""
+
+        def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            self.hidden = args[0]
+            return self.hidden[:, :1]
+
+        hook = self.head.register_forward_pre_hook(keep_hidden)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.hidden = None
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The loss of the last forward.
+
+        Args:
+            labels: (B, K) what each position of the hidden states predicts: `shift_labels` of the collators.
+            num_items_in_batch: what the sum is divided by; None for the number of labels.
+        """
+        targets = labels.flatten()
+        divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        divisor = torch.as_tensor(divisor, device=targets.device)
+        return ChunkedCrossEntropy.apply(self.hidden.flatten(0, -2), self.head.weight, targets, divisor)

@@ -1,0 +1,36 @@
+"""What a run prints: the first row before it starts; when it is done, what it took and what to try next."""
+
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from finetuning.cli.console import say
+from finetuning.preprocessing.prompts import mark_answers, prompt_format
+from finetuning.training.memory import GIB, peak_memory
+
+
+def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    say(f"prompt format: {prompt_format(tokenizer)}; the first row, as the model reads it and learns to write it:")
+    say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
+
+
+def print_speed(metrics: dict[str, float], train_dataset: Dataset, output_dir: str) -> None:
+    """Print time, tokens a second and peak memory.
+
+    Args:
+        metrics: of the Trainer's result.
+    """
+    tokens_per_row = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+    tokens_per_second = metrics["train_samples_per_second"] * tokens_per_row
+    say(
+        f"trained in {metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
+        f"peak memory {peak_memory() / GIB:.2f} GiB; saved in {output_dir}"
+    )
+
+
+def print_next_command(output_dir: str) -> None:
+    script = Path(sys.argv[0]).with_name("inference.py")
+    say("Try it:")
+    say(f'python {script} --adapter_path {output_dir} --instruction "翻译为英文" --input "早安"')

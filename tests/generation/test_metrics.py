@@ -1,0 +1,74 @@
+"""metrics.py: the figures are those of sacrebleu's and scikit-learn's own commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetuning.generation.metrics import format_scores, score
+
+ENGLISH = (
+    ["The cat sat on the mat.", "It isn't far, is it?", "Good morning", "Rain tomorrow."],
+    ["The cat sat on a mat.", "It is not far, is it?", "Good morning", "It will rain tomorrow in the north."],
+)
+CHINESE = (
+    ["今天天气很好，我们去公园。", "他喜欢猫", "早安。", "我在 Python 里写了 3 行。"],
+    ["今天天气不错，我们去公园吧。", "他喜欢猫。", "早上好。", "我用 Python 写了三行代码。"],
+)
+
+
+def command(*words: str, folder: Path) -> str:
+    result = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, encoding="utf-8", check=True)
+    return result.stdout
+
+
+@pytest.mark.parametrize(("answers", "references", "tokenizer"), [(*ENGLISH, "13a"), (*CHINESE, "zh")])
+def test_texts(answers: list[str], references: list[str], tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "answers.txt").write_text("\n".join(answers) + "\n", encoding="utf-8")
+    (tmp_path / "references.txt").write_text("\n".join(references) + "\n", encoding="utf-8")
+    words = f"-m sacrebleu references.txt -i answers.txt -m bleu chrf -tok {tokenizer} -w 6 -f json"
+    bleu, chrf = json.loads(command(*words.split(), folder=tmp_path))
+    scores = score([{}] * 4, answers, references)["rows"]
+    assert scores["bleu_tokenizer"] == tokenizer
+    assert scores["bleu"] == pytest.approx(bleu["score"], abs=1e-5)
+    assert scores["chrf"] == pytest.approx(chrf["score"], abs=1e-5)
+    assert scores["exact_match"] == 100 * sum(map(str.__eq__, answers, references)) / 4
+
+
+SKLEARN = """
+import json, sys
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
+answers, references = (open(name, encoding="utf-8").read().split() for name in ("answers.txt", "references.txt"))
+labels = list(dict.fromkeys(references))
+report = classification_report(references, answers, labels=labels, output_dict=True, zero_division=0)
+print(json.dumps([accuracy_score(references, answers), report["macro avg"]["f1-score"],
+                  confusion_matrix(references, answers, labels=labels).tolist()]))
+"""
+
+
+@pytest.mark.parametrize("other", ["好", "什么"])
+def test_label_words(other: str, tmp_path: Path) -> None:
+    """`什么` is no label: it is wrong wherever it stands, and no class of its own."""
+    references = ["好", "坏", "中", "坏", "好", "中", "中", "坏", "好", "好"]
+    answers = ["好", "坏", "坏", "坏", other, "中", "好", "中", "好", "好"]
+    (tmp_path / "answers.txt").write_text("\n".join(answers), encoding="utf-8")
+    (tmp_path / "references.txt").write_text("\n".join(references), encoding="utf-8")
+    accuracy, macro_f1, matrix = json.loads(command("-c", SKLEARN, folder=tmp_path))
+    scores = score([{}] * 10, answers, references)["rows"]
+    assert scores["accuracy"] == scores["exact_match"] == pytest.approx(100 * accuracy)
+    assert scores["macro_f1"] == pytest.approx(100 * macro_f1)
+    assert [row[:-1] for row in scores["confusion_matrix"]] == matrix
+    assert sum(row[-1] for row in scores["confusion_matrix"]) == (other == "什么")
+    assert "bleu" not in scores
+
+
+def test_by_task() -> None:
+    rows = [{"task": "a"}, {"task": "b"}, {"task": "a"}, {"task": ["odd"]}]
+    scores = score(rows, ["x ", "y", "z", "w"], ["x", "n", "z", "w"])
+    assert list(scores) == ["a", "b", "['odd']", "all"]
+    assert [values["rows"] for values in scores.values()] == [2, 1, 1, 4]
+    assert [values["exact_match"] for values in scores.values()] == [100, 0, 100, 75]
+    table = format_scores(scores)
+    assert "| a | 2 | 100.0% |  | " in table and table.count("\n") == 5

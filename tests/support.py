@@ -1,0 +1,153 @@
+"""What several tests share: tiny models, a tokenizer, rows, and runs to compare. No download, no GPU.
+
+The tokenizer is byte-level, with one token for each byte and a single merge, of two newlines, so that a test can spell
+out token ids: the id of a byte is its value.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM, PromptTuningConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Tokenizer
+
+from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.training.callbacks import StopOnSignal
+
+Run = Callable[..., str]
+REPOSITORY = Path(__file__).resolve().parents[1]
+TOKENS = 5  # of a soft prompt
+FLAT = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]  # families that may be flattened
+HYBRID = ["qwen3_next", "qwen3_5_text"]
+
+NEWLINES, ENDOFTEXT, IM_START, IM_END = 256, 257, 258, 259
+
+# Two templates like those of instruct models: ChatML with a default system turn, and one that removes the empty
+# thinking block from earlier turns.
+CHATML = (
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+THINKING = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in printable}
+    table.update({byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in table)})
+    return table
+
+
+def make_tokenizer(eos_token: str = "<|endoftext|>", chat_template: str = CHATML) -> Qwen2Tokenizer:
+    table = bytes_to_unicode()
+    newline = table[ord("\n")]
+    vocab = {table[byte]: byte for byte in range(256)} | {newline * 2: NEWLINES, "<|endoftext|>": ENDOFTEXT}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[(newline, newline)],
+        unk_token=None,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=512,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = eos_token
+    tokenizer.chat_template = chat_template
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [257, 258, 259]
+    return tokenizer
+
+
+def make_model(model_type: str = "qwen2", seed: int = 0, **changes: object) -> torch.nn.Module:
+    sizes = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "eos_token_id": ENDOFTEXT,
+        "pad_token_id": ENDOFTEXT,
+    }
+    if "moe" in model_type:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        sizes |= {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if model_type in ("qwen3_next", "qwen3_5_text"):
+        sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_hidden_layers": 4}
+        sizes |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        sizes |= {"mlp_only_layers": [0, 1, 2, 3]} if model_type == "qwen3_next" else {}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | changes)))
+    for parameter in model.parameters():  # larger than the usual 0.02, so that positions and contexts matter
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config = GenerationConfig(eos_token_id=ENDOFTEXT, pad_token_id=ENDOFTEXT, do_sample=False)
+    return model.eval()
+
+
+def save_checkpoint(folder: Path, tokenizer: Qwen2Tokenizer, model: torch.nn.Module) -> str:
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def make_soft(model_type: str = "qwen2", cls: type = SoftPromptModel) -> PeftModelForCausalLM:
+    """A model with a random soft prompt; `cls` may be PEFT's own."""
+    model = cls(make_model(model_type), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
+    generator = torch.Generator().manual_seed(3)
+    weight = model.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model.eval()
+
+
+def make_rows(lengths: tuple[int, ...] = (9, 3, 14, 6), seed: int = 1) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+        prompt = length // 2
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * length, "labels": [IGNORE_INDEX] * prompt + ids[prompt:]}
+        )
+    return rows
+
+
+def loss_alone(model: torch.nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
+    """The summed loss of one row, by the stock forward: no collator of ours, all logits, shifted labels."""
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class StopAt(StopOnSignal):
+    """Stands for a power cut at the beginning of a step. Put it in place of `common.StopOnSignal`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def equal_weights(first: Path, second: Path) -> bool:
+    one, other = adapter_weights(first), adapter_weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

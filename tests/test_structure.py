@@ -1,0 +1,78 @@
+"""The house: imports run one way, every room is in the README's map, and the scripts run from any folder."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY
+
+PACKAGE = REPOSITORY / "finetuning"
+# A room imports from rooms of a lower floor, and from itself.
+FLOORS = {"cli": 0, "preprocessing": 1, "adapter": 2, "training": 3, "generation": 3, "benchmarking": 4}
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
+    for path in (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this repository that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("finetuning.")])
+def test_imports_run_one_way(module: str) -> None:
+    room = module.split(".")[1]
+    for other in imports(MODULES[module]):
+        assert other.startswith("finetuning."), f"{module} imports {other}, a file of the root"
+        its_room = other.split(".")[1]
+        assert its_room == room or FLOORS[its_room] < FLOORS[room], f"{module} imports {other}: an arrow back"
+
+
+def test_no_circle() -> None:
+    TopologicalSorter({name: imports(path) for name, path in MODULES.items()}).prepare()  # raises a CycleError
+
+
+def test_commands_import_no_command_but_the_benchmark() -> None:
+    commands = {name for name in MODULES if "." not in name} - {"common"}
+    for name in commands - {"benchmark"}:
+        assert not imports(MODULES[name]) & commands
+    assert not imports(MODULES["common"]) & commands
+    assert not any(other.startswith("finetuning.training") for other in imports(MODULES["inference"]))
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_every_room_is_on_the_map(readme: str) -> None:
+    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == FLOORS.keys()
+    for room in rooms:
+        assert f"[{room}/](finetuning/{room})" in text
+    for name, path in MODULES.items():
+        assert path.stem in text, f"{readme} does not mention {name}"
+
+
+def test_rooms_say_what_they_are() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) == 1
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_scripts_run_from_any_folder(tmp_path: Path) -> None:
+    """With the default model and data, which lie beside the scripts."""
+    command = [sys.executable, REPOSITORY / "train_lora.py", "--max_steps", "1", "--disable_tqdm", "True"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "outputs/lora/adapter_model.safetensors").exists()
+    next_command = result.stdout.strip().splitlines()[-1]
+    assert next_command.startswith(f"python {REPOSITORY / 'inference.py'} --adapter_path outputs/lora ")

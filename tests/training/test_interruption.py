@@ -1,0 +1,240 @@
+"""Whatever ends a run, the work since the last checkpoint is all that is lost (traps 39 and 41)."""
+
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from soak import SCRIPTS, soak
+from support import REPOSITORY, Run, equal_weights
+
+import train_lora
+from finetuning.training import checkpoints
+from finetuning.training.callbacks import StopOnSignal
+from finetuning.training.checkpoints import find_broken_part, find_checkpoints
+
+
+@pytest.fixture
+def flags(flags: list[str]) -> list[str]:
+    return [*flags, "--lora_dropout", "0.1", "--save_steps", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(run_main: Run, base_path: str, rows_path: str, tmp_path: Path, number: int, code: int) -> None:
+    """Trap 41: a checkpoint, the shell's exit code, and the command to resume with; then the same weights."""
+    words = f"--model_path {base_path} --data_path {rows_path} --output_dir {tmp_path}/out --max_steps 400 "
+    words += "--per_device_train_batch_size 4 --logging_steps 1 --disable_tqdm True --overwrite_output_dir True"
+    command = [sys.executable, "-u", "train_lora.py", *words.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment}
+    process = subprocess.Popen(command, cwd=REPOSITORY, **options)
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(number)
+    printed, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert "stopping after this step" in printed and "Traceback" not in errors
+    step = find_checkpoints(tmp_path / "out")[0].name
+    assert not (tmp_path / "out/adapter_model.safetensors").exists() and step != "checkpoint-400"
+    resume = shlex.split(errors.strip().splitlines()[-1])
+    assert resume[:2] == ["python", "train_lora.py"] and resume[-2:] == ["--resume_from_checkpoint", "True"]
+    assert "--overwrite_output_dir" not in resume
+    run_main(train_lora, *resume[2:])
+    run_main(train_lora, *words.split(), "--output_dir", tmp_path / "whole")
+    assert equal_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    stop = StopOnSignal()
+    stop.catch(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.catch(signal.SIGINT, None)
+
+
+def test_an_interrupt_before_training_has_no_traceback() -> None:
+    script = (
+        "import _thread, time, train_lora\n"
+        "train_lora.load_tokenizer = lambda *args: _thread.interrupt_main()\n"
+        "train_lora.preprocess = lambda *args: time.sleep(9)\n"
+        "train_lora.main()"
+    )
+    command = [sys.executable, "-c", script, "--dry_run", "True"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr and result.stderr.endswith("stopped\n")
+
+
+def test_signals_are_given_back(run_main: Run, flags: list[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run_main(train_lora, *flags)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_at(original: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """`original`, but the process dies in one of its calls, counted from 1."""
+    calls = []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+# What the Trainer and CheckpointWriter call for each checkpoint, and a call for the third one. Is the third one whole?
+MOMENTS = {
+    "optimizer": (torch, "save", 10, False),
+    "random state": (torch, "save", 12, False),
+    "before the mark": (checkpoints, "flush_to_disk", 5, False),
+    "after the mark": (checkpoints, "flush_to_disk", 6, True),
+    "removal of the oldest": (checkpoints, "rotate_checkpoints", 3, True),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "call", "whole"), MOMENTS.values(), ids=MOMENTS)
+def test_killed_while_saving(
+    run_main: Run,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    call: int,
+    whole: bool,
+) -> None:
+    """Trap 39: a run that dies while it writes its third checkpoint, even if only one checkpoint is kept."""
+    out, flags = tmp_path / "out", [*flags, "--save_total_limit", "1"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, name, die_at(getattr(module, name), call))
+        run_main(train_lora, *flags)
+    newest, before = find_checkpoints(out)
+    assert (newest.name, before.name) == ("checkpoint-6", "checkpoint-4")
+    assert find_broken_part(before) is None and (find_broken_part(newest) is None) == whole
+    run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
+    run_main(train_lora, *flags, "--output_dir", tmp_path / "whole")
+    assert equal_weights(out, tmp_path / "whole")
+
+
+def test_killed_while_replacing_a_checkpoint(
+    run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed from an earlier checkpoint, a run writes the later ones again: half old and half new is not whole."""
+    out, flags = tmp_path / "out", [*flags, "--keep_checkpoints", "True", "--save_total_limit", "3"]
+    run_main(train_lora, *flags)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch, "save", die_at(torch.save, 2))
+        run_main(train_lora, *flags, "--resume_from_checkpoint", out / "checkpoint-2")
+    assert [find_broken_part(folder) is None for folder in find_checkpoints(out)] == [True, False, True]
+
+
+def test_half_a_first_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:
+    """A run that was killed while it wrote its first checkpoint: both ways out of it are named, and work."""
+    (tmp_path / "out/checkpoint-2").mkdir(parents=True)
+    message = run_main(train_lora, *flags, expected=2)
+    assert "checkpoints, none of them whole" in message and "--resume_from_checkpoint" not in message
+    message = run_main(train_lora, *flags, "--resume_from_checkpoint", "True", expected=2)
+    assert "no whole checkpoint" in message and "--overwrite_output_dir True" in message
+    run_main(train_lora, *flags, "--overwrite_output_dir", "True")
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_leftovers_are_not_in_the_way(run_main: Run, flags: list[str], tmp_path: Path) -> None:
+    """A run that was killed while it wrote its adapter may simply be started again."""
+    (tmp_path / "out/.saving").mkdir(parents=True)
+    run_main(train_lora, *flags)
+    assert not (tmp_path / "out/.saving").exists()
+
+
+def test_best_checkpoint_has_its_final_name(run_main: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
+    more = f"--eval_data_path {rows_path} --load_best_model_at_end True --keep_checkpoints True --eval_metrics False"
+    run_main(train_lora, *flags, *more.split(), "--max_steps", 9)
+    newest = find_checkpoints(tmp_path / "out")[0]
+    best = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"]
+    assert Path(best).parent == tmp_path / "out" and Path(best).is_dir()
+    assert equal_weights(Path(best), tmp_path / "out")
+
+
+class FullDisk(StopOnSignal):
+    """Lets no file grow beyond a size, from a step or, without one, from the end of training on."""
+
+    def __init__(self, size: int, step: int | None = None) -> None:
+        super().__init__()
+        self.size, self.step = size, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.fill()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_end(*args, **kwargs)
+        if self.step is None:
+            self.fill()
+
+    def fill(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Make the disk full in the next run; call it without arguments to make room."""
+
+    def fill(*when: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        monkeypatch.setattr("common.StopOnSignal", (lambda: FullDisk(*when)) if when else StopOnSignal)
+
+    yield fill
+    fill()
+
+
+@pytest.mark.parametrize("size", [1_000_000, 2_000_000])
+def test_full_disk(run_main: Run, flags: list[str], full_disk: Callable[..., None], tmp_path: Path, size: int) -> None:
+    """No room for an adapter of 1.3 MB, or for its optimizer: the run resumes from the first checkpoint."""
+    out, flags = tmp_path / "out", [*flags, "--lora_r", "1024"]
+    full_disk(size, 2)
+    message = run_main(train_lora, *flags, expected=1)
+    assert "checkpoint-4 cannot be written" in message and " MB are free" in message
+    assert f"last whole checkpoint is {out}/checkpoint-2" in message
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+    assert find_broken_part(out / "checkpoint-2") is None
+    full_disk()
+    run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
+    run_main(train_lora, *flags, "--output_dir", tmp_path / "whole")
+    assert equal_weights(out, tmp_path / "whole")
+
+
+def test_disk_that_is_full_at_the_end(
+    run_main: Run, flags: list[str], full_disk: Callable[..., None], tmp_path: Path
+) -> None:
+    """The adapter does not fit any more, but the last checkpoint is there."""
+    out, flags = tmp_path / "out", [*flags, "--lora_r", "1024", "--save_steps", "6"]
+    full_disk(1_000_000)
+    message = run_main(train_lora, *flags, expected=1)
+    assert "the adapter cannot be written" in message and "--resume_from_checkpoint True" in message
+    assert not (out / "adapter_model.safetensors").exists()
+    full_disk()
+    run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
+    assert [path.name for path in out.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_random(script: str) -> None:
+    """The short form of tests/soak.py."""
+    count, difference = soak(script, steps=40, kills=2, seed=1)
+    assert count and difference == 0.0
