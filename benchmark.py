@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +26,7 @@ from finetuning.benchmarking.baselines import make_stock_trainer, make_trl_train
 from finetuning.benchmarking.meters import Stopwatch, TokenCounter, count_products, matrix_product_rate
 from finetuning.benchmarking.shapes import SHAPES, make_random_checkpoint, random_rows
 from finetuning.benchmarking.table import ALL, BASELINES, METHODS, Method, check_losses, save_results
-from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
+from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
 from finetuning.cli.console import fail, say, warn
 from finetuning.preprocessing.prompts import pad_token_id
 from finetuning.training.flags import Arguments, parse_arguments
@@ -47,27 +47,22 @@ METHOD_FLAGS = {
 class BenchmarkArguments:
     _argument_group_name = "benchmark"
 
-    shape: str | None = field(
-        default=None,
-        metadata={"help": "random weights of a released shape instead of --model_path", "choices": list(SHAPES)},
+    shape: str | None = flag(None, "random weights of a released shape instead of --model_path", choices=list(SHAPES))
+    layers: int | None = flag(None, "only so many layers of the shape")
+    data_path: str = flag(beside_scripts("data/train.json"), "rows to train on")
+    sequence_length: int | None = flag(
+        None, "random rows of so many tokens, all of them learnt, instead of --data_path"
     )
-    layers: int | None = field(default=None, metadata={"help": "only so many layers of the shape"})
-    data_path: str = field(default=beside_scripts("data/train.json"), metadata={"help": "rows to train on"})
-    sequence_length: int | None = field(
-        default=None, metadata={"help": "random rows of so many tokens, all of them learnt, instead of --data_path"}
-    )
-    methods: str = field(default=",".join(METHODS), metadata={"help": f"of {', '.join(ALL)}"})
-    baseline: bool = field(
-        default=False, metadata={"help": "also the stock Trainer with padding and, if trl is installed, TRL"}
-    )
-    batch_size: int = field(default=8, metadata={"help": "rows a step"})
-    warmup_steps: int = field(default=2, metadata={"help": "steps before the measurement"})
-    steps: int = field(default=20, metadata={"help": "measured steps"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "as in training"})
-    bf16: bool = field(default=False, metadata={"help": "on a GPU: bfloat16 instead of float16"})
-    memory_cap: float | None = field(default=None, metadata={"help": "GiB of the GPU that a method may use"})
-    output_dir: str = field(default="outputs/benchmark", metadata={"help": "folder for benchmark.json and .png"})
-    only: str | None = field(default=None, metadata={"help": "measure this method in this process, and print JSON"})
+    methods: str = flag(",".join(METHODS), f"of {', '.join(ALL)}")
+    baseline: bool = flag(False, "also the stock Trainer with padding and, if trl is installed, TRL")
+    batch_size: int = flag(8, "rows a step")
+    warmup_steps: int = flag(2, "steps before the measurement")
+    steps: int = flag(20, "measured steps")
+    gradient_checkpointing: bool = flag(False, "as in training")
+    bf16: bool = flag(False, "on a GPU: bfloat16 instead of float16")
+    memory_cap: float | None = flag(None, "GiB of the GPU that a method may use")
+    output_dir: str = flag("outputs/benchmark", "folder for benchmark.json and .png")
+    only: str | None = flag(None, "measure this method in this process, and print JSON")
 
     def __post_init__(self) -> None:
         unknown = set(self.methods.split(",")) - set(ALL)

@@ -5,13 +5,14 @@
 Without arguments it trains models/tiny-qwen on data/train.json, in under a minute on a laptop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
+from finetuning.cli.arguments import flag
 from finetuning.cli.console import fail, say
 from finetuning.training.flags import parse_arguments
 
@@ -20,15 +21,10 @@ from finetuning.training.flags import parse_arguments
 class LoraArguments:
     _argument_group_name = "LoRA"
 
-    lora_r: int = field(default=8, metadata={"help": "rank of the update of each adapted matrix"})
-    lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by lora_alpha / lora_r"})
-    lora_dropout: float = field(
-        default=0.05, metadata={"help": "share of the update's inputs that is set to 0 in training"}
-    )
-    target_modules: str = field(
-        default="q_proj,k_proj,v_proj",
-        metadata={"help": "names of the layers to adapt, commas between; or all-linear"},
-    )
+    lora_r: int = flag(8, "rank of the update of each adapted matrix")
+    lora_alpha: int = flag(32, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, "share of the update's inputs that is set to 0 in training")
+    target_modules: str = flag("q_proj,k_proj,v_proj", "names of the layers to adapt, commas between; or all-linear")
 
     def __post_init__(self) -> None:
         if self.lora_r < 1:

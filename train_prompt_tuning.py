@@ -6,7 +6,7 @@
 Without arguments it trains models/tiny-qwen on data/train.json, in about a minute on a laptop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from peft import PromptTuningConfig
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
 from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.cli.arguments import flag
 from finetuning.cli.console import fail, say
 from finetuning.training.flags import parse_arguments
 
@@ -22,21 +23,17 @@ from finetuning.training.flags import parse_arguments
 class PromptTuningArguments:
     _argument_group_name = "prompt tuning"
 
-    num_virtual_tokens: int | None = field(
-        default=None,
-        metadata={"help": "trained vectors in front of each prompt; left out: as many as the text has tokens"},
+    num_virtual_tokens: int | None = flag(
+        None, "trained vectors in front of each prompt; left out: as many as the text has tokens"
     )
-    prompt_tuning_init: str = field(
-        default="TEXT",
-        metadata={
-            "help": "start from the embeddings of --prompt_init_text (TEXT), of random tokens (SAMPLE_VOCAB), or from "
-            "random numbers of the embeddings' mean and spread (RANDOM)",
-            "choices": ["TEXT", "SAMPLE_VOCAB", "RANDOM"],
-        },
+    prompt_tuning_init: str = flag(
+        "TEXT",
+        "start from the embeddings of --prompt_init_text (TEXT), of random tokens (SAMPLE_VOCAB), or from "
+        "random numbers of the embeddings' mean and spread (RANDOM)",
+        choices=["TEXT", "SAMPLE_VOCAB", "RANDOM"],
     )
-    prompt_init_text: str = field(
-        default="分类任务：",
-        metadata={"help": "TEXT: the text to start from; cut or repeated to --num_virtual_tokens, with a message"},
+    prompt_init_text: str = flag(
+        "分类任务：", "TEXT: the text to start from; cut or repeated to --num_virtual_tokens, with a message"
     )
 
     def __post_init__(self) -> None:

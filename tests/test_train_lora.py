@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from common import load_model, load_tokenizer, prepare_adapter, preprocess, trai
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import make_generation_config
-from finetuning.training.collators import FlattenCollator, PadCollator
+from finetuning.training import attention
+from finetuning.training.collators import PadCollator
 from finetuning.training.flags import parse_arguments
+from finetuning.training.trainer import make_trainer
 
 
 @pytest.fixture
@@ -79,16 +82,20 @@ def test_two_runs_are_equal(run: Run, flags: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_loss_equals_the_stock_trainer(base_path: str, rows_path: str, tmp_path: Path, accumulation: int) -> None:
+def test_loss_equals_the_stock_trainer(
+    base_path: str, rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
     """Step by step, against padding and DataCollatorForSeq2Seq; trap 20: also with gradient accumulation."""
     tokenizer = load_tokenizer(ModelArguments(model_path=base_path), "auto")
     dataset = preprocess(rows_path, tokenizer, 512).dataset
+    sdpa = Mock(side_effect=attention.sdpa_attention_forward)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
     losses = []
-    for collator in (FlattenCollator(), DataCollatorForSeq2Seq(tokenizer)):
+    for ours in (True, False):
         torch.manual_seed(0)
         model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
         arguments = TrainingArguments(
-            str(tmp_path / type(collator).__name__),
+            str(tmp_path / str(ours)),
             per_device_train_batch_size=2,
             gradient_accumulation_steps=accumulation,
             learning_rate=1e-2,
@@ -96,12 +103,17 @@ def test_loss_equals_the_stock_trainer(base_path: str, rows_path: str, tmp_path:
             logging_steps=1,
             disable_tqdm=True,
             use_cpu=True,
+            remove_unused_columns=not ours,
         )
-        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+        if ours:
+            trainer = make_trainer(model, tokenizer.pad_token_id, arguments, dataset)
+        else:
+            trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(tokenizer))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 8 and losses[0][-1] < losses[0][0] - 0.1
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert sdpa.call_count == 8 * accumulation * 2 * 2  # batches, layers, rows: each row attends by itself
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"])

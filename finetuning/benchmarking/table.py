@@ -88,9 +88,8 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
 
     names = [ALL[name].title for name in results]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 1 + 0.5 * len(names)), sharey=True, layout="constrained")
-    for axis, key, title in zip(
-        axes, ("peak_gib", "tokens_per_second"), ("peak memory, GiB", "tokens / s"), strict=True
-    ):
+    titles = {"peak_gib": "peak memory, GiB", "tokens_per_second": "tokens / s"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         bars = axis.barh(names, [result[key] for result in results.values()])
         axis.bar_label(bars, fmt="{:,.2f}" if key == "peak_gib" else "{:,.0f}", padding=3)
         axis.set_title(title)

@@ -43,6 +43,11 @@ def beside_scripts(path: str) -> str:
     return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
 
 
+def flag(default: Any, help: str, choices: list[str] | None = None) -> Any:
+    """A dataclass field that is a flag of the command line."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the defaults, and a docstring as it was written."""
 
@@ -92,15 +97,10 @@ class ScriptParser(HfArgumentParser):
 class ModelArguments:
     _argument_group_name = "base model"
 
-    model_path: str = field(
-        default=beside_scripts("models/tiny-qwen"),
-        metadata={"help": "folder of a Qwen checkpoint, or its name on the Hugging Face hub"},
+    model_path: str = flag(
+        beside_scripts("models/tiny-qwen"), "folder of a Qwen checkpoint, or its name on the Hugging Face hub"
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "base weights in 4-bit NF4 (about 0.55 bytes a weight; half precision takes 2)"},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "run the Python code that comes with a checkpoint; only if you trust its author"},
+    load_in_4bit: bool = flag(False, "base weights in 4-bit NF4 (about 0.55 bytes a weight; half precision takes 2)")
+    trust_remote_code: bool = flag(
+        False, "run the Python code that comes with a checkpoint; only if you trust its author"
     )

@@ -1,10 +1,10 @@
 """The flags of inference.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.adapter.folder import WEIGHTS
-from finetuning.cli.arguments import ModelArguments, ScriptParser
+from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fail
 from finetuning.generation.generate import MAX_NEW_TOKENS
 
@@ -15,49 +15,36 @@ DEFAULT_ADAPTER = "outputs/lora"
 class InferenceArguments:
     _argument_group_name = "inference"
 
-    adapter_path: str | None = field(
-        default=None,
-        metadata={
-            "help": f"folder of a saved adapter; left out: {DEFAULT_ADAPTER} if that exists and no --model_path is "
-            "given, else the base model alone"
-        },
+    adapter_path: str | None = flag(
+        None, f"folder of a saved adapter; left out: {DEFAULT_ADAPTER} if it exists, or, with --model_path, no adapter"
     )
-    instruction: str | None = field(default=None, metadata={"help": "one instruction to answer"})
-    input: str = field(default="", metadata={"help": "the text that the instruction is about"})
-    interactive: bool = field(default=False, metadata={"help": "chat in the terminal"})
-    data_path: str | None = field(default=None, metadata={"help": "rows to answer, JSON list or JSON Lines"})
-    tasks: str | None = field(default=None, metadata={"help": "only rows whose 'task' is one of these, commas between"})
-    output_file: str | None = field(
-        default=None,
-        metadata={"help": "file for the answered rows, as JSON Lines; metrics.json goes beside it"},
+    instruction: str | None = flag(None, "one instruction to answer")
+    input: str = flag("", "the text that the instruction is about")
+    interactive: bool = flag(False, "chat in the terminal")
+    data_path: str | None = flag(None, "rows to answer, JSON list or JSON Lines")
+    tasks: str | None = flag(None, "only rows whose 'task' is one of these, commas between")
+    output_file: str | None = flag(None, "file for the answered rows, as JSON Lines; metrics.json goes beside it")
+    labels: str | None = flag(
+        None, "answer with the most probable of these words, commas between; auto: the label words of the training data"
     )
-    labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "answer with the most probable of these words, commas between, and its probability; auto: the "
-            "label words of the training data"
-        },
-    )
-    batch_size: int = field(default=16, metadata={"help": "rows answered at once"})
-    max_new_tokens: int = field(default=MAX_NEW_TOKENS, metadata={"help": "longest answer, in tokens"})
-    do_sample: bool = field(default=False, metadata={"help": "draw tokens at random instead of the most probable one"})
-    temperature: float = field(default=1.0, metadata={"help": "sampling: below 1 prefers probable tokens"})
-    top_p: float = field(default=1.0, metadata={"help": "sampling: only the tokens that make up this probability"})
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "above 1 avoids tokens that the answer already has"}
-    )
-    seed: int = field(default=42, metadata={"help": "sampling: the same seed draws the same answers"})
+    batch_size: int = flag(16, "rows answered at once")
+    max_new_tokens: int = flag(MAX_NEW_TOKENS, "longest answer, in tokens")
+    do_sample: bool = flag(False, "draw tokens at random instead of the most probable one")
+    temperature: float = flag(1.0, "sampling: below 1 prefers probable tokens")
+    top_p: float = flag(1.0, "sampling: only the tokens that make up this probability")
+    repetition_penalty: float = flag(1.0, "above 1 avoids tokens that the answer already has")
+    seed: int = flag(42, "sampling: the same seed draws the same answers")
 
     def __post_init__(self) -> None:
         asked = {"--instruction": self.instruction is not None, "--data_path": bool(self.data_path)}
-        asked = [flag for flag, given in (asked | {"--interactive": self.interactive}).items() if given]
+        asked = [name for name, given in (asked | {"--interactive": self.interactive}).items() if given]
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} exclude each other: leave out all but one")
         if self.output_file and not self.data_path:
             raise ValueError("--output_file needs --data_path, the rows to answer")
-        for flag in ("batch_size", "max_new_tokens"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.interactive and self.labels:
             raise ValueError("--labels does not work with --interactive: give an --instruction or a --data_path")
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):

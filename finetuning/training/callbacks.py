@@ -41,9 +41,7 @@ class StopOnSignal(TrainerCallback):
         self.caught = number
         say("\nstopping after this step, with a checkpoint (once more: stop at once)")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.caught:
             control.should_save = control.should_training_stop = True
         return control
@@ -70,26 +68,17 @@ class NotFiniteGuard(TrainerCallback):
         """Keep the loss of a training batch and the numbers of its rows until the next log."""
         self.forwards.append((self.step, row_numbers, loss))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step + 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         control.should_log = control.should_log or control.should_save
         return control
 
     on_epoch_end = on_step_end
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any
     ) -> None:
         values = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm") if name in logs}
         self.overflows = 0 if math.isfinite(values.get("grad_norm", 0.0)) else self.overflows + 1
@@ -99,8 +88,8 @@ class NotFiniteGuard(TrainerCallback):
             if not math.isfinite(value):
                 advice = "--bf16 True, or a lower --learning_rate" if args.fp16 else "a lower --learning_rate"
                 fail(
-                    f"{self.find_source(state.global_step)}: {name} is {value}: training stops and no adapter is "
-                    f"saved; checkpoints in {args.output_dir} are from before.\nTry {advice}",
+                    f"{self.find_source(state.global_step)}: {name} is {value}: training stops and saves no "
+                    f"adapter; the checkpoints in {args.output_dir} are older.\nTry {advice}",
                     code=1,
                 )
         if "loss" in logs:

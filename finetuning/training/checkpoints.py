@@ -184,11 +184,10 @@ def find_resume_checkpoint(
 
     remedy = "repeat the first command, or start anew with another --output_dir"
     saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    current = model.peft_config["default"].to_dict()
+    current = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))  # sets as lists
     for name in sorted(current.keys() - set(NOT_COMPARED)):
-        value = sorted(current[name]) if isinstance(current[name], set) else current[name]
-        old = sorted(saved[name]) if isinstance(current[name], set) else saved.get(name)
-        if old != json.loads(json.dumps(value)):
+        old, value = (sorted(it) if isinstance(it, list) else it for it in (saved.get(name), current[name]))
+        if old != value:
             fail(f"'{folder}' was trained with {name} {old}, not {value}; {remedy}")
     saved_info, info = json.loads((folder / INFO).read_text(encoding="utf-8")), json.loads(adapter_files[INFO])
     for name in ("base_fingerprint", "quantization", "data_sha256", "prompt_format"):

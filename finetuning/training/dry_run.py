@@ -49,10 +49,10 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, trai
     meter = StepMeter()
     optimizer = take_steps(model, pad_token_id, [one_token, one_token, rows, rows], training_args, meter)
 
-    weights = sum(nbytes(p) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad)
-    adapter = sum(nbytes(p) for p in model.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.requires_grad)
+    adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    training = adapter + sum(nbytes(tensor) for tensor in states)  # gradients are as large as what is trained
+    training = adapter + sum(tensor.nbytes for tensor in states)  # gradients are as large as what is trained
     peak = max(meter.peaks)
     parts = {
         "base weights": weights,
@@ -94,25 +94,18 @@ def take_steps(
     return trainer.optimizer
 
 
-def print_duration(lengths: list[int], training_args: TrainingArguments, seconds_per_token: float) -> None:
+def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_token: float) -> None:
     """Print the steps of the run and an estimate of its time.
 
     Args:
         lengths: of the training rows, in tokens.
     """
-    rows_per_step = (
-        training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    )
-    steps = training_args.max_steps
-    if steps <= 0:
-        steps = math.ceil(math.ceil(len(lengths) / rows_per_step) * training_args.num_train_epochs)
-    tokens_per_step = min(rows_per_step, len(lengths)) / training_args.world_size * sum(lengths) / len(lengths)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = math.ceil(len(lengths) / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    tokens_per_step = min(rows_per_step, len(lengths)) / args.world_size * sum(lengths) / len(lengths)
     duration = describe_duration(steps * tokens_per_step * seconds_per_token)
     say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows_per_step} rows, about {duration}")
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def describe_duration(seconds: float) -> str:

@@ -1,13 +1,13 @@
 """The flags of the training scripts, checked before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
+from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
 from finetuning.cli.console import fail, say
 
 
@@ -15,40 +15,22 @@ from finetuning.cli.console import fail, say
 class DataArguments:
     _argument_group_name = "data and output"
 
-    data_path: str = field(
-        default=beside_scripts("data/train.json"),
-        metadata={"help": "training rows: a JSON list or JSON Lines with instruction, input, output (or messages)"},
+    data_path: str = flag(
+        beside_scripts("data/train.json"), "rows to train on, JSON list or JSON Lines: instruction, input, output"
     )
-    eval_data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "rows to evaluate on: the loss after every epoch, unless --eval_strategy says otherwise, and the "
-            "metrics at the end"
-        },
+    eval_data_path: str | None = flag(
+        None, "rows to evaluate on: the loss after every epoch (or see --eval_strategy), and the metrics at the end"
     )
-    eval_metrics: bool = field(
-        default=True,
-        metadata={"help": "answer the rows of eval_data_path after training, and print how good the answers are"},
+    eval_metrics: bool = flag(True, "after training, answer the rows of eval_data_path and score the answers")
+    max_length: int = flag(1024, "longest row, in tokens; longer rows are cut at the end")
+    prompt_format: str = flag(
+        "auto",
+        "chat: the model's own template; plain: Instruction, Input, Output; auto: chat for instruct models, else plain",
+        choices=["auto", "chat", "plain"],
     )
-    max_length: int = field(default=1024, metadata={"help": "longest row, in tokens; longer rows are cut at the end"})
-    prompt_format: str = field(
-        default="auto",
-        metadata={
-            "help": "chat: the model's own template; plain: Instruction, Input, Output; auto: chat for instruct models "
-            "and plain for base models",
-            "choices": ["auto", "chat", "plain"],
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace the adapter and the checkpoints in --output_dir"}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "measure the memory that the longest rows need, and the time of the run; train nothing"},
-    )
-    keep_checkpoints: bool = field(
-        default=False, metadata={"help": "keep the checkpoints of a finished run; each is about as large as 3 adapters"}
-    )
+    overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
+    dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
+    keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
