@@ -1,4 +1,4 @@
-"""benchmark.py: the table, its JSON, and that runs which are not the same are not compared."""
+"""benchmark.py: the table, its JSON, and a refusal to compare runs with different losses."""
 
 import json
 import os

@@ -127,7 +127,7 @@ def test_incomplete_adapter(run: Run, adapter_path: str, tmp_path: Path, missing
 
 
 def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:
-    """It names no code to import, its template runs in a sandbox, and its base comes without pickle."""
+    """It cannot import code, its template runs in a sandbox, and its base model is not read from pickle."""
     folder = copy(adapter_path, tmp_path / "copy")
     config, info = (
         json.loads((folder / f"adapter_{name}.json").read_text(encoding="utf-8")) for name in ("config", "info")
@@ -243,7 +243,7 @@ def test_cut_answers_are_counted(run: Run, adapter_path: str, rows_path: str, tm
 def test_interrupted_file_goes_on(
     run: Run, adapter_path: str, rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was answered stays, is not answered again, and half a line is dropped."""
+    """Answered rows are kept and not answered again; half a line is dropped."""
     flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--batch_size", 2, "--output_file"]
     run(*flags, tmp_path / "whole.jsonl")
     asked = []

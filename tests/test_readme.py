@@ -37,7 +37,7 @@ def code_blocks(readme: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder that sees data/ and models/, in which `python train_lora.py` has been run."""
+    """A folder with links to the repository, in which `python train_lora.py` has been run."""
     folder = tmp_path_factory.mktemp("clone")
     for path in REPOSITORY.iterdir():
         if path.suffix == ".py" or path.name in ("data", "models"):
@@ -151,7 +151,7 @@ def test_next_command(workplace: Path) -> None:
 
 
 def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
-    """Rows, exact match and chrF (0 where there is none) of each task."""
+    """Rows, exact match and chrF (0 if it has none) of each task."""
     rows = re.findall(r"\| (\w+) \| (\d+) \| ([\d.]+)% \| [\d.]* \| [\d.]* \| ([\d.]*) \|", printed)
     return {task: (int(count), float(exact), float(chrf or 0)) for task, count, exact, chrf in rows}
 
@@ -215,7 +215,7 @@ def test_prompt_tuning_results(workplace: Path, prompt_tuning: Path) -> None:
 
 
 def test_contract_snippet(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """README's Python, word for word but for the place of the model; `.half()` on a CPU too."""
+    """README's Python, word for word apart from the path of the model; `.half()` on a CPU too."""
     imports, snippet = (text.replace("path/to/qwen", "models/tiny-qwen") for text in code_blocks("README.md", "python"))
     monkeypatch.chdir(workplace)
     exec(imports + snippet, {})

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -464,8 +465,22 @@ def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monke
     assert used
 
 
+def test_push_to_hub_finds_the_checkpoints(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer uploads each checkpoint from the folder where it wrote it."""
+    hub, uploaded = Mock(), []
+
+    def upload(folder_path: str, **more: Any) -> Mock:
+        uploaded.append({path.name for path in Path(folder_path).iterdir()})
+        return Mock()
+
+    hub().upload_folder.side_effect = upload
+    monkeypatch.setattr("transformers.trainer.hf_api", hub)
+    run(*flags, "--push_to_hub", True, "--hub_strategy", "all_checkpoints", "--hub_always_push", True)
+    assert any({"adapter_model.safetensors", "optimizer.pt"} <= files for files in uploaded)
+
+
 def test_adapter_that_is_not_finite_is_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After training: also where the last step, which no loss has seen yet, made it so."""
+    """After training: also if the very last step, which no loss has seen yet, made the weights infinite."""
     model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     start = adapter_state(model)
     next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")

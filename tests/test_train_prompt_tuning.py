@@ -58,7 +58,7 @@ def test_a_run(run: Run, flags: list[str], tmp_path: Path, base_path: str) -> No
 def test_start_from_text(
     text: str, count: int | None, words: str, ids: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trap 8: what is cut or repeated is said."""
+    """Trap 8: a text that is cut or repeated gets a message."""
     base = make_model()
     embeddings = base.get_input_embeddings().weight.detach().clone()
     model = add_soft_prompt(base, make_tokenizer(), PromptTuningArguments(count, "TEXT", text))

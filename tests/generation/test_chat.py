@@ -1,4 +1,4 @@
-"""chat.py, by a person at a terminal: a pseudo-terminal types, reads and interrupts."""
+"""chat.py as a person uses it: typing, reading and interrupting in a pseudo-terminal."""
 
 import os
 import pty
@@ -19,7 +19,7 @@ from finetuning.preprocessing.prompts import set_prompt_format
 
 
 class Terminal:
-    """A process behind a pseudo-terminal."""
+    """A process in a pseudo-terminal."""
 
     def __init__(self, *command: str) -> None:
         self.seen = ""
@@ -32,7 +32,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def read_until(self, pattern: str, patience: float = 300) -> str:
-        """What is shown up to a pattern; what follows it is left for the next read."""
+        """The output up to a pattern; the rest is left for the next read."""
         end = time.monotonic() + patience
         while not (found := re.search(pattern, self.seen)):
             if time.monotonic() > end:
@@ -73,7 +73,7 @@ def test_a_turn_an_interrupt_another_turn_the_end(talkative_path: str) -> None:
 
 
 def test_chinese_input_edits_properly(base_path: str) -> None:
-    """A backspace takes a whole character, of three bytes and two columns; arrow keys bring a line back."""
+    """A backspace removes a whole character, of three bytes and two columns; the arrow keys recall a line."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from finetuning.generation import chat; print('ready')\n"
         "import readline\n"
@@ -121,7 +121,7 @@ def conversation(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], 
 
 
 def test_instruct_models_remember(conversation: Callable[..., list[str]]) -> None:
-    """An answer that was stopped is part of the conversation; /clear forgets it; a backslash goes on."""
+    """A stopped answer stays in the conversation; /clear starts a new one; a backslash continues a line."""
     prompts = conversation("<|im_end|>", ["one \\", "two", "", "three", "/clear", "four"])
     system, turn = "<|im_start|>system\nBe kind.<|im_end|>\n", "<|im_start|>{}\n{}<|im_end|>\n".format
     start = "<|im_start|>assistant\n"

@@ -43,7 +43,7 @@ def force(model: torch.nn.Module, start: int, tokens: list[int]) -> None:
 
 @pytest.mark.parametrize("stop", [ENDOFTEXT, IM_END])
 def test_both_stop_tokens_end_an_answer(tokenizer: PreTrainedTokenizerBase, stop: int) -> None:
-    """Trap 2: the model's own generation configuration names <|endoftext|> alone."""
+    """Trap 2: the model's own generation configuration has only <|endoftext|>."""
     model = make_model()
     prompt = encode_messages([{"role": "user", "content": "a"}], tokenizer)[0]
     assert model.generation_config.eos_token_id == ENDOFTEXT
@@ -54,7 +54,7 @@ def test_both_stop_tokens_end_an_answer(tokenizer: PreTrainedTokenizerBase, stop
     assert generate(model, tokenizer, [prompt], make_generation_config(tokenizer, 5))[0].cut
 
 
-def test_the_models_own_configuration_has_no_say(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_models_own_configuration_is_ignored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Trap 46: Qwen2.5-Instruct asks for sampling, with a repetition penalty; and transformers would warn of it."""
     config = make_generation_config(tokenizer, 12)
     expected = [answer.token_ids for answer in generate(make_model(), tokenizer, PROMPTS, config)]
@@ -100,7 +100,7 @@ TEXTS = ["ok", " Good morning.\nYes", "早安，世界", "\n", "", "Out", "🙂 
 @pytest.mark.parametrize("eos", ["<|endoftext|>", "<|im_end|>"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_stream_is_the_answer_in_pieces(text: str, eos: str) -> None:
-    """Each character whole, and as soon as it is there; nothing of the format."""
+    """Every character arrives whole and at once, and nothing of the format is shown."""
     tokenizer = make_tokenizer(eos)
     set_prompt_format(tokenizer, "auto")
     model, said = make_model(), (f"\nOutput: {text}" if eos == "<|endoftext|>" else text).encode()

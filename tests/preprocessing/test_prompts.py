@@ -38,7 +38,7 @@ NASTY = [
 
 
 def tokenizer_for(name: str):
-    """One of the three formats that models bring: plain for base models, two kinds of chat template."""
+    """One of three formats: plain for base models, and two kinds of chat template."""
     tokenizer = {
         "plain": lambda: make_tokenizer(),
         "chat": lambda: make_tokenizer("<|im_end|>"),
@@ -158,7 +158,7 @@ def test_every_answer_of_a_conversation_is_supervised() -> None:
 
 
 def test_rewriting_template_gives_one_row_for_each_answer() -> None:
-    """Qwen3's template takes the thinking block out of earlier turns: each answer is learnt behind its real prompt."""
+    """Qwen3's template removes the thinking block from earlier turns: each answer is learnt after its real prompt."""
     tokenizer = tokenizer_for("thinking")
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     parts = split_turns({"messages": messages}, tokenizer)

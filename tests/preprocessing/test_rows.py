@@ -47,7 +47,7 @@ def test_strings_stay_strings(tmp_path: Path) -> None:
 
 
 def test_changed_file_is_read_again(tmp_path: Path) -> None:
-    """No cache stands between the file and its reader, even where the file keeps its size and time."""
+    """There is no cache: a changed file is read again even if its size and time are the same."""
     path = Path(write(tmp_path, json.dumps([ROW])))
     load_rows(str(path))
     stat = path.stat()

@@ -47,7 +47,7 @@ WRONG_ENCODING = st.sampled_from(["utf-16", "utf-16-le", "utf-32", "gb18030"])
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[dict[str, Any]] | None]:
-    """Read a file of these bytes; None where it is refused."""
+    """Read a file of these bytes; None if it is refused."""
     path = tmp_path_factory.mktemp("property") / "rows.json"
 
     def read(data: bytes) -> list[dict[str, Any]] | None:
@@ -71,7 +71,7 @@ def expected(rows: list[Any]) -> list[Any]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equal as JSON, where NaN is NaN."""
+    """Equal as JSON, with NaN equal to NaN."""
     return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
@@ -90,7 +90,7 @@ def test_good_files_are_read_exactly(read: Callable, rows: list[Any], form: Call
 @SETTINGS
 @given(rows=st.lists(ANY_ROW, max_size=4), form=FORMAT, encoding=ENCODING | WRONG_ENCODING)
 def test_odd_rows_and_encodings(read: Callable, rows: list[Any], form: Callable, encoding: str) -> None:
-    """All rows of a file, or none: where one is not a row, the file is refused."""
+    """All rows of a file or none: if one of them is not a row, the file is refused."""
     found = read(form(rows).encode(encoding))
     good = bool(rows) and all(check_row(row, output_required=True) is None for row in rows)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Two processes train what one process trains: the model's own forward runs under DDP."""
+"""Two processes train the same adapter as one: the model's own forward runs under DDP."""
 
 import importlib
 import subprocess

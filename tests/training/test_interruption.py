@@ -1,4 +1,4 @@
-"""Whatever ends a run, the work since the last checkpoint is all that is lost (traps 39 and 41)."""
+"""Whatever ends a run, only the work since the last checkpoint is lost (traps 39 and 41)."""
 
 import json
 import os
@@ -171,7 +171,7 @@ def test_best_checkpoint_has_its_final_name(run_main: Run, flags: list[str], row
 
 
 class FullDisk(StopOnSignal):
-    """Lets no file grow beyond a size, from a step or, without one, from the end of training on."""
+    """Limits the size of every file, from a given step or from the end of training."""
 
     def __init__(self, size: int, step: int | None = None) -> None:
         super().__init__()
