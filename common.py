@@ -1,6 +1,5 @@
 """What the scripts share, in the order a run uses it: load, preprocess, train."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,9 +19,16 @@ from transformers import (
     set_seed,
 )
 
+from finetuning.adapter.base_model import (
+    check_loaded_weights,
+    check_model_path,
+    explain_loading_error,
+    quantization_options,
+)
+from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
 from finetuning.cli.arguments import ModelArguments
-from finetuning.cli.console import fail, first_line, say
+from finetuning.cli.console import fail, say
 from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
@@ -69,51 +75,38 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the tokenizer cannot be loaded: {loading_problem(error)}")
+        fail(f"--model_path '{model_args.model_path}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
     set_prompt_format(tokenizer, format_name)
     return tokenizer
 
 
 def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the base model.
+    """Load the base model, and refuse it if any of its weights is not in the checkpoint.
 
     Args:
         dtype: of the weights; with 4-bit weights, of the matrix products.
         device: of the weights; a GPU gets them straight from the file.
     """
     check_model_path(model_args.model_path)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             model_args.model_path,
             dtype=dtype,
             device_map={"": device} if device.type == "cuda" else None,
-            quantization_config=quantization if model_args.load_in_4bit else None,
             use_safetensors=True,  # the other format is pickle, which can run code
             trust_remote_code=model_args.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in loading_info
+            **quantization_options(config, model_args.load_in_4bit, dtype),
         )
-    except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {loading_problem(error)}")
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
+    check_loaded_weights(model_args.model_path, model, loading_info)
+    if not quantization(model):
+        model.to(dtype)  # what stands beside FP8 weights comes in the dtype of the file
     model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generate.py
     return model
-
-
-def loading_problem(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it comes with its own Python code; if you trust its author, add --trust_remote_code True to run it"
-    return first_line(error)
-
-
-def check_model_path(model_path: str) -> None:
-    """Tell a mistyped folder from a hub name before transformers asks the hub for it."""
-    path = Path(model_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            fail(f"--model_path '{model_path}' has no config.json: it is not a checkpoint that transformers can load")
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
-        fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
 
 
 def training_dtype(training_args: TrainingArguments) -> torch.dtype:

@@ -1,0 +1,134 @@
+"""The base model on disk: what is checked before it is loaded, and what is said if it does not load."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Params4bit
+from safetensors import SafetensorError, safe_open
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+
+from finetuning.adapter.fingerprint import quantization
+from finetuning.cli.console import fail, first_line, say, warn
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
+MOST_NAMES = 3  # of weights, in a message
+
+
+def check_model_path(model_path: str) -> None:
+    """Refuse what is not a whole checkpoint, before transformers looks for it on the hub or opens it.
+
+    Raises:
+        SystemExit: code 2, with what the path is and what to do.
+    """
+    path = Path(model_path)
+    if path.is_dir():
+        problem = find_problem(path)
+        if problem:
+            fail(f"--model_path '{model_path}' {problem}")
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
+        fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
+
+
+def find_problem(folder: Path) -> str | None:
+    """Why a folder is not a checkpoint that can be loaded, and the remedy; None if nothing is wrong."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return "is an adapter, not a base model; name its base model here, and the adapter with --adapter_path"
+        return "has no config.json: it is not a checkpoint that transformers can load"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return f"has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); download those files too"
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files |= {folder / name for name in shards}
+    if not files:
+        kind = "only pickled weights (.bin), which can run code" if any(folder.glob("*.bin")) else "no weights"
+        return f"has {kind}; download its .safetensors files, or convert it with save_pretrained"
+    for file in sorted(files):
+        if not file.is_file():
+            return f"lacks {file.name}, which its index names; download it again"
+        try:
+            with safe_open(file, "pt"):  # compares the header with the file's size
+                pass
+        except SafetensorError:
+            pointer = file.read_bytes()[:64].startswith(b"version https://git-lfs")
+            what = "only a Git LFS pointer" if pointer else f"not whole ({file.stat().st_size:,} bytes)"
+            return f"has a {file.name} that is {what}; download it again" + (", with git lfs pull" if pointer else "")
+    return None
+
+
+def quantization_options(config: PreTrainedConfig, load_in_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` has to be told of quantisation: nothing, unless asked for 4 bits or given FP8 weights.
+
+    Even `quantization_config=None` would make it ignore how a checkpoint is quantised on disk, and read FP8 weights
+    without their scales.
+
+    Args:
+        config: of the base model.
+        dtype: of the matrix products.
+    """
+    saved = getattr(config, "quantization_config", None)  # only quantised checkpoints have one
+    method = saved["quant_method"] if isinstance(saved, dict) else getattr(saved, "quant_method", None)
+    if method == "fp8":
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}  # FP8 kernels have no backward pass
+    if load_in_4bit and method not in (None, "bitsandbytes"):
+        fail(f"--load_in_4bit True: the checkpoint is already quantised ({method}); leave the flag out")
+    if not load_in_4bit or method:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config}
+
+
+def explain_loading_error(error: Exception) -> str:
+    """One line for a checkpoint that transformers refuses."""
+    message = str(error)
+    if "trust_remote_code" in message:
+        return "it comes with its own Python code; if you trust its author, add --trust_remote_code True to run it"
+    if "Unrecognized configuration class" in message:
+        return "it is not a language model (a vision or audio model?); name a text model, such as Qwen3"
+    return first_line(error)
+
+
+def check_loaded_weights(model_path: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+    """Refuse weights that only the model or only the checkpoint has: transformers makes up the missing ones.
+
+    Args:
+        loading_info: of `from_pretrained`, without the keys that the model class ignores on purpose.
+    """
+    kinds = {
+        "missing": "lacks weights of the model",
+        "unexpected": "has weights that the model lacks",
+        "mismatched": "has weights of other shapes than the model",
+    }
+    for kind, meaning in kinds.items():
+        names = sorted(key if isinstance(key, str) else key[0] for key in loading_info[f"{kind}_keys"])
+        if names:
+            more = ", ..." if len(names) > MOST_NAMES else ""
+            fail(
+                f"--model_path '{model_path}' {meaning}: {', '.join(names[:MOST_NAMES])}{more} ({len(names)} in all).\n"
+                "The checkpoint and its config.json do not belong together, or its files are not all there"
+            )
+    if quantization(model):
+        print_share_in_4bit(model)
+
+
+def print_share_in_4bit(model: PreTrainedModel) -> None:
+    """Print how much of the model is in 4 bits, and warn if that is less than half, as with MoE experts."""
+    vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        if id(parameter) not in vocabulary:
+            in_4bit = isinstance(parameter, Params4bit)
+            sizes[in_4bit] += parameter.numel() * (2 if in_4bit else 1)  # a byte holds two weights
+    share = 100 * sizes[True] / sum(sizes.values())
+    say(f"4-bit weights: {share:.1f}% of the model without its vocabulary")
+    if share < 50:
+        warn(
+            "most weights stay in 16 or 32 bits: bitsandbytes quantises linear layers only, and not the experts of a "
+            "mixture-of-experts model"
+        )

@@ -1,0 +1,178 @@
+"""base_model.py: a checkpoint trains right or is refused in one line (traps 51, 52, 60, 68, 69, 73)."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support import Run, make_model, make_tokenizer, save_checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import inference
+import train_lora
+from common import load_model
+from finetuning.cli.arguments import ModelArguments
+
+IDS = torch.tensor([[*b"Instruction: Say sun\nOutput: sun"]])
+CPU = torch.device("cpu")
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(base_path: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_path, tmp_path / "model"))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+
+
+def loss(model: torch.nn.Module) -> float:
+    return model(input_ids=IDS, labels=IDS).loss.item()
+
+
+def to_fp8(weights: dict[str, torch.Tensor], block: int = 128) -> dict[str, torch.Tensor]:
+    """Released FP8 checkpoints: float8 blocks of 128 x 128, each with a scale of its own, `weight_scale_inv`."""
+    converted = {}
+    for name, weight in weights.items():
+        converted[name] = weight
+        if "proj" in name and weight.ndim == 2:
+            rows, columns = (-(-size // block) for size in weight.shape)
+            scales = torch.zeros(rows, columns)
+            scaled = weight.float().clone()
+            for row in range(rows):
+                for column in range(columns):
+                    part = scaled[row * block : (row + 1) * block, column * block : (column + 1) * block]
+                    scales[row, column] = part.abs().max() / 448
+                    part /= scales[row, column]
+            converted |= {name: scaled.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    return converted
+
+
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_fp8_has_the_loss_of_the_original(folder: Path, half: bool) -> None:
+    """Trap 51: read without their scales, FP8 weights are hundreds of times too large."""
+    before = loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    change_weights(folder, lambda weights: to_fp8({k: v.half() if half else v for k, v in weights.items()}))
+    change_config(folder, quantization_config=FP8)
+    model = load_model(ModelArguments(model_path=str(folder)), torch.float32, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert loss(model) == pytest.approx(before, rel=0.02)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_saved_4bit_equals_load_in_4bit(run_main: Run, rows_path: str, tmp_path: Path) -> None:
+    """Trap 51: a checkpoint that bitsandbytes saved; asking for 4 bits once more changes nothing."""
+    path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(hidden_size=64, head_dim=16))
+    saved = tmp_path / "saved"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config.bnb_4bit_compute_dtype = torch.float32
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config).save_pretrained(saved)
+    make_tokenizer().save_pretrained(saved)
+    logits = []
+    for arguments in (ModelArguments(path, True), ModelArguments(str(saved)), ModelArguments(str(saved), True)):
+        logits.append(load_model(arguments, torch.float32, CPU)(input_ids=IDS).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    words = f"--model_path {saved} --data_path {rows_path} --output_dir {tmp_path}/out --max_steps 2"
+    assert "4-bit weights: 9" in run_main(train_lora, *words.split())
+    assert run_main(inference, "--adapter_path", tmp_path / "out", "--instruction", "Say sun", "--max_new_tokens", 4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_a_missing_package_is_named(run_main: Run, folder: Path, method: str) -> None:
+    """Trap 51: these need packages of their own."""
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4, "config_groups": {}})
+    message = run_main(inference, "--model_path", folder, "--instruction", "a", expected=2)
+    assert "pip install" in message
+    message = run_main(inference, "--model_path", folder, "--load_in_4bit", True, "--instruction", "a", expected=2)
+    assert f"already quantised ({method})" in message
+
+
+def test_moe_in_4bit_says_how_much_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 60: experts are 3-D parameters, which bitsandbytes leaves alone."""
+    model = make_model("qwen3_moe", hidden_size=64, head_dim=16, moe_intermediate_size=64)
+    path = save_checkpoint(tmp_path / "moe", make_tokenizer(), model)
+    load_model(ModelArguments(path, True), torch.float32, CPU)
+    printed = capsys.readouterr()
+    share = float(printed.out.split("4-bit weights: ")[1].split("%")[0])
+    assert 5 < share < 50 and "most weights stay in 16 or 32 bits" in printed.err
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def as_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def without_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NAME = "model.layers.1.mlp.up_proj.weight"
+BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing weight": (
+        lambda folder: change_weights(folder, lambda w: {k: v for k, v in w.items() if k != NAME}),
+        ["lacks weights of the model", NAME, "1 in all"],
+    ),
+    "unexpected weight": (
+        lambda folder: change_weights(folder, lambda w: w | {"model.layers.9.x.weight": w[NAME].clone()}),
+        ["weights that the model lacks", "model.layers.9.x.weight"],
+    ),
+    "other shape": (
+        lambda folder: change_config(folder, intermediate_size=48),
+        ["weights of other shapes", "mlp.down_proj.weight"],
+    ),
+    "half a file": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000]),
+        ["not whole (5,000 bytes)", "download it again"],
+    ),
+    "pointer": (lambda folder: (folder / WEIGHTS).write_bytes(POINTER), ["Git LFS pointer", "git lfs pull"]),
+    "lost shard": (without_a_shard, ["lacks model-00001-of-00002.safetensors"]),
+    "no tokenizer": (without_tokenizer, ["has no tokenizer", "tokenizer.json"]),
+    "pickle": (as_pickle, ["only pickled weights", "safetensors"]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["has no weights"]),
+    "adapter": (as_adapter, ["is an adapter, not a base model", "--adapter_path"]),
+    "vision model": (
+        lambda folder: change_config(folder, model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"]),
+        ["not a language model"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_loaded(run_main: Run, folder: Path, damage: Callable[[Path], object], words: list[str]) -> None:
+    """Traps 52, 68, 69, 73: in training and in inference, one or two lines that say what it is."""
+    damage(folder)
+    for script, flags in ((train_lora, ["--output_dir", folder / "out"]), (inference, ["--instruction", "a"])):
+        message = run_main(script, "--model_path", folder, *flags, expected=2)
+        assert str(folder) in message
+        for word in words:
+            assert word in message
