@@ -1,5 +1,6 @@
 """What the scripts share, in the order a run uses it: load, preprocess, train."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from finetuning.preprocessing.prompts import (
 from finetuning.preprocessing.rows import Rows, load_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
+    RUN_SETTINGS,
     check_output_dir,
     clear_output_dir,
     find_resume_checkpoint,
@@ -152,17 +154,17 @@ def preprocess(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length:
     if path is None:
         return None
     rows = load_rows(path)
-    parts = [(number, part) for number, row in enumerate(rows, 1) for part in split_turns(row, tokenizer)]
-    examples = []
-    for number, row in tqdm(parts, desc=f"tokenizing {path}", leave=False):
-        example = preprocess_function(row, tokenizer, max_length)
-        if any(label != IGNORE_INDEX for label in example["labels"]):
-            examples.append(example | {"row_number": number})
-    stop_ids = stop_token_ids(tokenizer)
-    cut = sum(example["labels"][-1] not in stop_ids for example in examples)
+    examples, counts, stop_ids = [], Counter(), stop_token_ids(tokenizer)
+    for number, row in enumerate(tqdm(rows, desc=f"tokenizing {path}", leave=False), 1):
+        parts = [preprocess_function(part, tokenizer, max_length) for part in split_turns(row, tokenizer)]
+        learnt = [part for part in parts if any(label != IGNORE_INDEX for label in part["labels"])]
+        examples += [part | {"row_number": number} for part in learnt]
+        whole = all(part["input_ids"][-1] in stop_ids for part in parts)
+        counts["dropped" if not learnt else "whole" if whole else "cut"] += 1
+    more = f" ({len(examples):,} examples)" if len(examples) > len(rows) else ""
     say(
-        f"{path}: {len(parts)} rows: {len(examples) - cut} kept whole, {cut} cut at {max_length} tokens, "
-        f"{len(parts) - len(examples)} dropped (no part of their answer was left)"
+        f"{path}: {len(rows)} rows{more}: {counts['whole']} kept whole, {counts['cut']} cut at {max_length} tokens, "
+        f"{counts['dropped']} dropped (no part of their answer was left)"
     )
     empty = sum(row.get("output") == "" for row in rows)
     if empty:
@@ -217,7 +219,8 @@ def train_and_save(
 ) -> None:
     """Train, from a checkpoint if asked to; then save the adapter if it passes its checks, and print the speed."""
     output_dir = args.training.output_dir
-    files = describe_adapter(model, tokenizer, train_data.rows)
+    settings = {"max_length": args.data.max_length} | {name: getattr(args.training, name) for name in RUN_SETTINGS}
+    files = describe_adapter(model, tokenizer, train_data.rows, settings)
     checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
     if args.training.should_save:
         clear_output_dir(output_dir, args.data.overwrite_output_dir)

@@ -347,6 +347,11 @@ def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], 
         (["--data_path", "other"], "data_sha256"),
         (["--model_path", "other"], "base_fingerprint"),
         (["--prompt_format", "chat"], "prompt_format"),
+        (["--seed", "1"], "--seed 42, not 1"),  # trap 63
+        (["--max_length", "99"], "--max_length 1024, not 99"),
+        (["--per_device_train_batch_size", "2"], "--per_device_train_batch_size 4, not 2"),
+        (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps 1, not 2"),
+        (["--learning_rate", "1e-5"], "--learning_rate 0.0003, not 1e-05"),
     ],
 )
 def test_resuming_something_else_is_refused(

@@ -8,6 +8,7 @@ metrics.json                                      scores on the evaluation rows,
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,14 +39,18 @@ WEIGHTS, CONFIG, TEMPLATE, INFO, METRICS = (
 )
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
+WHOLE_CLASS = "model.language_model."  # prefix of the text layers in a class with vision
 SCRATCH = ".saving"  # prefix of folders still being written
 
 
-def describe_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> dict[str, str]:
+def describe_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, settings: dict[str, Any]
+) -> dict[str, str]:
     """The texts to save beside an adapter's weights, by file name: its prompt format, and what inference must match.
 
     Args:
         rows: the training rows.
+        settings: of the run, which a resumed run must share.
     """
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     info = {
@@ -57,6 +62,7 @@ def describe_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows:
         "labels": labels_by_task(rows),
         "command": shlex.join(["python", *sys.argv]),
         "data_sha256": rows.sha256,
+        "settings": settings,
         "versions": {name: version(name) for name in libraries},
     }
     return {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
@@ -174,13 +180,36 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
     try:
         config = PeftConfig.from_pretrained(adapter_path)
         config.inference_mode = True
-        if config.peft_type == PeftType.PROMPT_TUNING:
-            model = SoftPromptModel(model, config)
-            model.load_adapter(adapter_path, "default")
-        else:
-            model = PeftModel.from_pretrained(model, adapter_path, config=config)
+        mapping = map_to_text_part(model, config, adapter_path)
+        model_class = SoftPromptModel if config.peft_type == PeftType.PROMPT_TUNING else PeftModelForCausalLM
+        model = model_class(model, config)
+        keys = model.load_adapter(adapter_path, "default", key_mapping=mapping)
+        if keys.missing_keys or keys.unexpected_keys:
+            raise ValueError(
+                f"weights without a place: {sorted(keys.unexpected_keys)[:2]}, places without a weight: "
+                f"{sorted(keys.missing_keys)[:2]}"
+            )
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:  # PEFT found names or shapes that the model does not have
         fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
     return model.eval()
+
+
+def map_to_text_part(model: PreTrainedModel, config: PeftConfig, adapter_path: str) -> dict[str, str] | None:
+    """Make a LoRA adapter of a whole class with vision, such as Qwen3_5ForConditionalGeneration, fit its text part.
+
+    There the layers are `model.language_model.layers`, here `model.layers`. In `config`, the target modules, which may
+    be a regular expression on the other names, become the modules that the adapter has weights for.
+
+    Returns:
+        Patterns of weight names and what replaces them; None if the adapter needs none.
+    """
+    with safe_open(Path(adapter_path, WEIGHTS), "pt") as weights:
+        names = list(weights.keys())
+    whole = any(WHOLE_CLASS in name for name in names) and not any(WHOLE_CLASS in n for n, _ in model.named_modules())
+    if not whole or config.peft_type != PeftType.LORA:
+        return None
+    modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+    config.target_modules = {module.replace(WHOLE_CLASS, "model.") for module in modules}
+    return {re.escape(WHOLE_CLASS): "model."}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import fail, first_line
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and weight 0 if the message is not to be learnt
 
 IGNORE_INDEX = -100  # labels that torch's cross-entropy leaves out
 
@@ -65,8 +65,11 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase) -> str:
 def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
     """A row as a conversation; a row without an output, as in inference, ends with the user's turn."""
     if "messages" in row:
-        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-    messages = [{"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)}]
+        return row["messages"]
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for question, answer in row.get("history") or []:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)})
     if "output" in row:
         messages.append({"role": "assistant", "content": row["output"]})
     return messages
@@ -128,20 +131,20 @@ def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase)
             done = prompt + cut_answer(render(messages[:end], tokenizer), prompt, tokenizer)
             answer_ids = tokenize(done[len(prompt) :], tokenizer)
             input_ids += answer_ids
-            labels += answer_ids
+            labels += [IGNORE_INDEX] * len(answer_ids) if message.get("weight") == 0 else answer_ids
     return input_ids, labels
 
 
 def split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The training rows that supervise every answer of a row: the row itself or, for a conversation whose earlier turns
     the template rewrites, one row for each answer with the turns before it."""
-    messages = row.get("messages", [])
+    messages = to_messages(row, tokenizer)
     ends = [end for end, message in enumerate(messages, 1) if message["role"] == "assistant"]
     if len(ends) > 1:
         first_prompt = render(messages[: ends[0] - 1], tokenizer, add_generation_prompt=True)
         last_prompt = render(messages[: ends[-1] - 1], tokenizer, add_generation_prompt=True)
         if not last_prompt.startswith(first_prompt):
-            return [{"messages": messages[:end]} for end in ends]
+            return [{"messages": messages[:end]} for end in ends if messages[end - 1].get("weight") != 0]
     return [row]
 
 

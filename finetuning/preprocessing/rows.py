@@ -1,20 +1,24 @@
 """The rows of a data file: a JSON list or JSON Lines, read strictly: a file is either understood or refused.
 
-A row is {"instruction": str, "input": str, "output": str} or {"messages": [{"role": ..., "content": str}, ...]}.
-Other fields are kept as they are. The JSON reader of `datasets` is not used because it guesses: it turns strings that
+What a row may be is in schema.py. The JSON reader of `datasets` is not used because it guesses: it turns strings that
 look like dates into dates and a columnar file into one row, and its Arrow errors do not name the row.
 """
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail
+from finetuning.cli.console import fail, say
+from finetuning.preprocessing.schema import EXAMPLE, FIELDS, RowError, read_row
 
 NO_TASK = "rows"
-ROLES = ("system", "user", "assistant")
-EXAMPLE = '{"instruction": "翻译为英文", "input": "你好", "output": "Hello"}'
+
+# Other formats, by their first bytes or their ending, and how to make JSON Lines of them.
+PANDAS = "python -c \"import pandas; pandas.read_{0}('{1}').to_json('rows.jsonl', orient='records', lines=True)\""
+MAGIC = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"(\xb5/\xfd": "zstd"}
+UNPACK = {"gzip": "gunzip -k {0}", "zip": "unzip {0}", "zstd": "zstd -d {0}"}
 
 
 class Rows(list[dict[str, Any]]):
@@ -35,20 +39,22 @@ def load_rows(path: str, output_required: bool = True) -> Rows:
         output_required: whether each row must hold an answer: yes for training, no for inference.
 
     Returns:
-        The rows. `input` is always a str ("" if it was absent or null).
+        The rows, in the form of `schema.read_row`. The names of fields that mean nothing here are printed.
 
     Raises:
         SystemExit: code 2, with a line that names the file, the row (counted from 1), the field and the remedy.
     """
     data = read_bytes(path)
     rows = Rows(path, hashlib.sha256(data).hexdigest())
+    refuse_other_formats(path, data)
     for place, row in parse(path, decode(path, data)):
-        problem = check_row(row, output_required)
-        if problem:
-            fail(f"{path}: {place}: {problem}")
-        if "messages" not in row:
-            row["input"] = row.get("input") or ""
-        rows.append(row)
+        try:
+            rows.append(read_row(row, output_required))
+        except RowError as error:
+            fail(f"{path}: {place}: {error}")
+    unread = Counter(name for row in rows for name, value in row.items() if name not in FIELDS and value is not None)
+    if unread:
+        say(f"{path}: not read: {', '.join(f'{name} ({count:,} rows)' for name, count in unread.items())}")
     return rows
 
 
@@ -79,13 +85,26 @@ def by_task(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 def read_bytes(path: str) -> bytes:
     file = Path(path)
     if not file.exists():
-        fail(f"data file '{path}' does not exist")
+        hint = "; name one file, not a pattern" if set(path) & set("*?[") else ""
+        fail(f"data file '{path}' does not exist{hint}")
     if not file.is_file():
         fail(f"'{path}' is not a file; name one JSON or JSON Lines file")
     try:
         return file.read_bytes()
     except OSError as error:
         fail(f"{path}: cannot be read: {error.strerror}")
+
+
+def refuse_other_formats(path: str, data: bytes) -> None:
+    """Name a file that is not JSON by its format, with the command that makes JSON Lines of it."""
+    ending = Path(path).suffix.lower().removeprefix(".")
+    kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), ending)
+    kind = "excel" if ending == "xlsx" else kind
+    if kind in UNPACK:
+        fail(f"{path}: is a {kind} file; unpack it first: {UNPACK[kind].format(path)}")
+    if kind in ("parquet", "excel", "csv", "tsv"):
+        reader = "table" if kind == "tsv" else kind
+        fail(f"{path}: is a {kind} file, not JSON; convert it: {PANDAS.format(reader, path)}")
 
 
 def decode(path: str, data: bytes) -> str:
@@ -129,67 +148,3 @@ def parse_json(place: str, text: str) -> Any:
         fail(f"{place}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         fail(f"{place}: not valid JSON: {error}")
-
-
-def check_row(row: Any, output_required: bool) -> str | None:
-    """What is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return f"is {describe(row)}, not an object like {EXAMPLE}"
-    if "messages" in row:
-        return check_messages(row["messages"], output_required)
-    if "instruction" not in row:
-        columnar = any(isinstance(value, list | dict) for value in row.values())
-        hint = "rows must be a plain list, not nested or in columns" if columnar else f"a row is {EXAMPLE}"
-        return f"has no 'instruction' (its fields: {', '.join(map(repr, row)) or 'none'}); {hint}"
-    if output_required and "output" not in row:
-        return f"has no 'output' (its fields: {', '.join(map(repr, row))}); training needs the answer"
-    for field in ("instruction", "input", "output"):
-        if field not in row or (field == "input" and row[field] is None):
-            continue
-        problem = check_text(row[field])
-        if problem:
-            return f"'{field}' {problem}"
-    if not row["instruction"].strip():
-        return "'instruction' is empty; write what the model should do"
-    return None
-
-
-def check_messages(messages: Any, output_required: bool) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return f"'messages' is {describe(messages)}, not a list of {{'role': ..., 'content': ...}}"
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"message {number} needs a 'role', one of {', '.join(ROLES)}"
-        problem = check_text(message.get("content"))
-        if problem:
-            return f"message {number}: 'content' {problem}"
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        return "a system message may only come first"
-    turns = roles[roles[0] == "system" :]
-    if turns[::2] != ["user"] * len(turns[::2]) or turns[1::2] != ["assistant"] * len(turns[1::2]) or not turns:
-        return f"user and assistant must take turns, user first (found: {', '.join(roles)})"
-    if output_required and roles[-1] != "assistant":
-        return "does not end with an assistant message; training needs the answer"
-    return None
-
-
-def check_text(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return f"is {describe(value)}, not text; put it in quotes"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it"
-    return None
-
-
-def describe(value: Any) -> str:
-    """A short name of a JSON value for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"the boolean {str(value).lower()}"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    return {list: "a list", dict: "an object", str: "text"}[type(value)]

@@ -26,6 +26,9 @@ PICKLES = ("optimizer.pt", "scheduler.pt")
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
+# Fields of TrainingArguments that a resumed run must share.
+RUN_SETTINGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+
 
 class CheckpointWriter(TrainerCallback):
     """Makes each checkpoint of the Trainer an adapter too, marks it as whole, and then removes the oldest.
@@ -193,4 +196,7 @@ def find_resume_checkpoint(
     for name in ("base_fingerprint", "quantization", "data_sha256", "prompt_format"):
         if saved_info[name] != info[name]:
             fail(f"'{folder}' was trained with another {name}; {remedy}")
+    for name, old in saved_info.get("settings", {}).items():
+        if old != info["settings"].get(name):
+            fail(f"'{folder}' was trained with --{name} {old}, not {info['settings'].get(name)}; {remedy}")
     return str(folder)

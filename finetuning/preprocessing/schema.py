@@ -1,0 +1,167 @@
+"""What a row of a data file means: one of the schemas below, or a reason why it is none.
+
+    {"instruction": str, "input": str, "output": str}      and perhaps "system": str, "history": [[question, answer]]
+    {"messages": [{"role": ..., "content": ...}]}          or {"conversations": [{"from": ..., "value": ...}]} (ShareGPT)
+
+Whatever would change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
+"""
+
+from typing import Any
+
+EXAMPLE = '{"instruction": "翻译为英文", "input": "你好", "output": "Hello"}'
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
+ROLES |= {"gpt": "assistant"}
+TOOL_ROLES = ("tool", "function", "function_call", "observation")
+FIELDS = ("instruction", "input", "output", "system", "history", "messages", "conversations", "task")
+
+# Fields that are refused if they hold something, and why.
+PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
+TOOLS = "tool use cannot be trained here; remove these rows"
+MEDIA = "only text can be trained here; remove these rows"
+REASONING = "thoughts outside the answer cannot be trained here; put them into the answer, or remove the field"
+REFUSED = dict.fromkeys(("chosen", "rejected"), PREFERENCE)
+REFUSED |= dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS)
+REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA)
+REFUSED |= {"reasoning_content": REASONING}
+
+# Names that other data sets give to our fields.
+OTHER_NAMES = {"instruction": ("prompt", "question", "query"), "output": ("completion", "answer", "response", "chosen")}
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message says why and what to do."""
+
+
+def read_row(row: Any, output_required: bool) -> dict[str, Any]:
+    """Check a row, and put it into one of two forms: `instruction`, `input` and `output`, or `messages`.
+
+    Args:
+        output_required: whether the row must hold an answer: yes for training, no for inference.
+
+    Returns:
+        The row with all its other fields. `input` is always a str; roles are system, user and assistant; a message
+        may have `weight` 0, and is then not learnt.
+
+    Raises:
+        RowError: for a row that cannot be used.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"is {describe(row)}, not an object like {EXAMPLE}")
+    refuse_other_meanings(row, "")
+    for field in ("label", "kto_tag"):
+        if row.get(field) is False:
+            raise RowError(f"'{field}' is false: the row {PREFERENCE}")
+    if "messages" in row or "conversations" in row:
+        field = "messages" if "messages" in row else "conversations"
+        messages = read_messages(row[field], field, row.get("system"), output_required)
+        if row.get("history"):
+            raise RowError(f"has 'history' beside '{field}'; put all turns into '{field}'")
+        return {name: value for name, value in row.items() if name not in (field, "system")} | {"messages": messages}
+    check_names(row, output_required)
+    row = row | {"input": "" if row.get("input") is None else row["input"]}
+    for field in ("instruction", "input", "output"):
+        if field in row:
+            check_text(row[field], f"'{field}'")
+    if row.get("system"):
+        check_text(row["system"], "'system'")
+    if row.get("history"):
+        check_history(row["history"])
+    if not row["instruction"].strip():
+        raise RowError("'instruction' is empty; write what the model should do")
+    return row
+
+
+def refuse_other_meanings(fields: dict[str, Any], where: str) -> None:
+    for field, reason in REFUSED.items():
+        if fields.get(field):
+            raise RowError(f"{where}'{field}': {reason}")
+
+
+def check_names(row: dict[str, Any], output_required: bool) -> None:
+    """Require `instruction` and, for training, `output`, and find out what else the fields may be called."""
+    names = ", ".join(map(repr, row)) or "none"
+    for field in ("instruction", "output") if output_required else ("instruction",):
+        if field in row:
+            continue
+        near = [name for name in row if name.lower() == field] + [n for n in OTHER_NAMES[field] if n in row]
+        if near:
+            raise RowError(f"has no '{field}'; rename '{near[0]}' to '{field}'")
+        columnar = any(isinstance(value, list | dict) for value in row.values())
+        hint = "rows must be a plain list, not nested or in columns" if columnar else f"a row is {EXAMPLE}"
+        raise RowError(f"has no '{field}' (its fields: {names}); {hint}")
+
+
+def check_history(history: Any) -> None:
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise RowError("'history' must be a list of [question, answer] pairs")
+    for turn in history:
+        for text in turn:
+            check_text(text, "'history'")
+
+
+def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[dict[str, Any]]:
+    """Check a conversation, and give its messages `role`, `content` and, if it is 0, `weight`.
+
+    Args:
+        system: the row's own system text, or None.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RowError(f"'{field}' is {describe(messages)}, not a list of {{'role': ..., 'content': ...}}")
+    found = [read_message(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    if system:
+        check_text(system, "'system'")
+        found = [{"role": "system", "content": system}, *found]
+    roles = [message["role"] for message in found]
+    if "system" in roles[1:]:
+        raise RowError("a system message may only come first, and only once")
+    turns = roles[roles[0] == "system" :]
+    if turns[::2] != ["user"] * len(turns[::2]) or turns[1::2] != ["assistant"] * len(turns[1::2]) or not turns:
+        raise RowError(f"user and assistant must take turns, user first (found: {', '.join(roles)})")
+    if output_required and roles[-1] != "assistant":
+        raise RowError("does not end with an assistant message; training needs the answer")
+    return found
+
+
+def read_message(message: Any, where: str) -> dict[str, Any]:
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    if role in TOOL_ROLES:
+        raise RowError(f"{where} has the role '{role}': {TOOLS}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError(f"{where} needs a 'role', one of {', '.join(ROLES)}")
+    refuse_other_meanings(message, f"{where}: ")
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        kinds = {part.get("type") if isinstance(part, dict) else describe(part) for part in content}
+        if kinds - {"text"}:
+            raise RowError(f"{where}: 'content' has parts of type {', '.join(map(str, kinds - {'text'}))}: {MEDIA}")
+        for part in content:
+            check_text(part.get("text"), f"{where}: a part of 'content'")
+        content = "".join(part["text"] for part in content)
+    check_text(content, f"{where}: 'content'")
+    return {"role": ROLES[role], "content": content} | ({"weight": 0} if message.get("weight") == 0 else {})
+
+
+def check_text(value: Any, where: str) -> None:
+    if value is None:
+        raise RowError(f"{where} is null; write the text, or remove the row")
+    if isinstance(value, list | dict):
+        raise RowError(f"{where} is {describe(value)}, not text; a row holds one text for each field, not a column")
+    if not isinstance(value, str):
+        raise RowError(f"{where} is {describe(value)}, not text; put it in quotes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(
+            f"{where} has half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it"
+        ) from None
+
+
+def describe(value: Any) -> str:
+    """A short name of a JSON value for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return {list: "a list", dict: "an object", str: "text"}[type(value)]

@@ -1,0 +1,80 @@
+"""folder.py: an adapter fits its base model, or is refused (traps 55 and 56)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support import make_model
+from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+from finetuning.adapter.folder import load_adapter, read_adapter
+
+IDS = torch.tensor([[*b"Instruction: Say sun"]])
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_random_lora(model: torch.nn.Module, folder: Path, target_modules: list[str] | str) -> torch.Tensor:
+    """Save an adapter of random weights as PEFT does; returns the logits with it."""
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("change", ["renamed", "one less", "one more"])
+def test_keys_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    """Trap 55: PEFT warns, and the bare base model answers."""
+    save_random_lora(make_model(), tmp_path, ["q_proj", "v_proj"])
+    state = load_file(tmp_path / WEIGHTS)
+    name, weight = next(iter(state.items()))
+    if change == "renamed":
+        state = {key.replace("base_model.model.model", "base_model.model.transformer"): state[key] for key in state}
+    elif change == "one less":
+        del state[name]
+    else:
+        state[name.replace("layers.0", "layers.7")] = weight.clone()
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(SystemExit) as stop:
+        load_adapter(make_model(), str(tmp_path), {})
+    assert stop.value.code == 2 and "does not fit this base model" in capsys.readouterr().err
+
+
+@pytest.fixture
+def whole_class(tmp_path: Path) -> str:
+    """A checkpoint as released since Qwen3.5: text, vision, and `mtp` weights that transformers ignores."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
+    text = make_model("qwen3_5_text").config.to_dict()
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(2, 2)}, file, metadata={"format": "pt"})
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "target_modules", [["q_proj", "v_proj", "in_proj_qkv"], r".*language_model\.layers\.\d+\.self_attn\.(q|v)_proj"]
+)
+def test_adapter_of_the_whole_class(whole_class: str, tmp_path: Path, target_modules: list[str] | str) -> None:
+    """Trap 56: other tools train Qwen3.5 with its vision part; such an adapter acts the same on the text part."""
+    whole = Qwen3_5ForConditionalGeneration.from_pretrained(whole_class, dtype=torch.float32).eval()
+    with torch.no_grad():
+        bare = whole(input_ids=IDS).logits
+    expected = save_random_lora(whole, tmp_path / "adapter", target_modules)
+    assert all(".language_model." in name for name in load_file(tmp_path / "adapter" / WEIGHTS))
+    text_part = AutoModelForCausalLM.from_pretrained(whole_class, dtype=torch.float32)
+    assert type(text_part).__name__ == "Qwen3_5ForCausalLM"
+    _, info = read_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        found = load_adapter(text_part, str(tmp_path / "adapter"), info)(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - bare).abs().max() > 0.01
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text(encoding="utf-8"))["target_modules"]

@@ -1,0 +1,161 @@
+"""schema.py: what a row means reaches the loss, or the row is refused with the reason (traps 53, 54, 58, 71)."""
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import THINKING, make_tokenizer
+
+from common import preprocess
+from finetuning.preprocessing.prompts import IGNORE_INDEX, set_prompt_format
+from finetuning.preprocessing.rows import load_rows
+
+SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+OPEN_AI = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+TURNS = [*OPEN_AI, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+ROW = {"instruction": "a", "output": "b"}
+SYSTEM = "<|im_start|>system\n{}<|im_end|>\n".format
+USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
+
+
+def write(tmp_path: Path, *rows: Any) -> str:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return str(path)
+
+
+def learnt(path: str, **template: str) -> list[tuple[str, list[str]]]:
+    """For each example, its whole text, and the texts that are learnt."""
+    tokenizer = make_tokenizer("<|im_end|>", **template)
+    set_prompt_format(tokenizer, "auto")
+    found = []
+    for example in preprocess(path, tokenizer, 1000).dataset:
+        ids, gap = example["input_ids"], "\0"
+        marked = [gap if label == IGNORE_INDEX else tokenizer.decode([label]) for label in example["labels"]]
+        found.append((tokenizer.decode(ids), [part for part in "".join(marked).split(gap) if part]))
+    return found
+
+
+GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "alpaca": (ROW, SYSTEM("Be kind.") + USER("a") + "b<|im_end|>", ["b<|im_end|>"]),
+    "system": (ROW | {"system": "s"}, SYSTEM("s") + USER("a") + "b<|im_end|>", ["b<|im_end|>"]),
+    "history": (
+        ROW | {"system": "s", "history": [["q", "p"]]},
+        SYSTEM("s") + USER("q") + "p<|im_end|>\n" + USER("a") + "b<|im_end|>",
+        ["p<|im_end|>", "b<|im_end|>"],
+    ),
+    "no history": (ROW | {"system": "", "history": [], "tools": None, "images": []}, "", ["b<|im_end|>"]),
+    "ShareGPT": ({"conversations": SHARE_GPT, "system": "s"}, SYSTEM("s") + USER("a") + "b<|im_end|>", ["b<|im_end|>"]),
+    "ShareGPT, other roles": ({"conversations": OPEN_AI}, "", ["b<|im_end|>"]),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "s"}, *OPEN_AI]},
+        SYSTEM("s") + USER("a") + "b<|im_end|>",
+        ["b<|im_end|>"],
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}, OPEN_AI[1]]},
+        SYSTEM("Be kind.") + USER("aa") + "b<|im_end|>",
+        ["b<|im_end|>"],
+    ),
+    "weight 0": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": 0}, *TURNS[2:]]},
+        SYSTEM("Be kind.") + USER("a") + "b<|im_end|>\n" + USER("c") + "d<|im_end|>",
+        ["d<|im_end|>"],
+    ),
+    "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
+    "label words": (ROW | {"label": "positive"}, "", ["b<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize(("row", "text", "answers"), GOOD.values(), ids=GOOD)
+def test_what_is_learnt(tmp_path: Path, row: dict[str, Any], text: str, answers: list[str]) -> None:
+    """Traps 53, 54, 71: decoded from the ids and labels of the dataset."""
+    ((whole, found),) = learnt(write(tmp_path, row))
+    assert found == answers and (whole == text or not text)
+
+
+def test_weights_of_a_rewriting_template(tmp_path: Path) -> None:
+    """One example for each answer to learn, and none for the others."""
+    messages = [OPEN_AI[0], OPEN_AI[1] | {"weight": 0}, *TURNS[2:]]
+    examples = learnt(write(tmp_path, {"messages": messages}), chat_template=THINKING)
+    assert [answers for _, answers in examples] == [["d<|im_end|>"]] and "b<|im_end|>" in examples[0][0]
+
+
+def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, {"messages": TURNS}, ROW | {"id": 7}, ROW | {"id": 8, "source": "x", "note": None})
+    learnt(path, chat_template=THINKING)
+    printed = capsys.readouterr().out
+    assert f"{path}: 3 rows (4 examples): 3 kept whole, 0 cut" in printed
+    assert f"{path}: not read: id (2 rows), source (1 rows)" in printed  # trap 54
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "label": (ROW | {"label": False}, ["'label' is false", "preference data"]),
+    "kto_tag": ({"messages": OPEN_AI, "kto_tag": False}, ["'kto_tag' is false"]),
+    "pair": ({"instruction": "a", "chosen": "b", "rejected": "c"}, ["'chosen'", "preference data"]),
+    "tools": (ROW | {"tools": "[{}]"}, ["'tools'", "tool use"]),
+    "tool calls": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"tool_calls": [{}]}]}, ["message 2: 'tool_calls'"]),
+    "tool role": ({"conversations": [*SHARE_GPT, {"from": "observation", "value": "x"}]}, ["message 3", "tool use"]),
+    "image": (ROW | {"images": ["a.png"]}, ["'images'", "only text"]),
+    "image part": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, OPEN_AI[1]]},
+        ["message 1", "image_url", "only text"],
+    ),
+    "reasoning": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"reasoning_content": "hm"}]}, ["'reasoning_content'"]),
+    "history and messages": ({"messages": OPEN_AI, "history": [["a", "b"]]}, ["'history' beside 'messages'"]),
+    "history of strings": (ROW | {"history": ["a"]}, ["'history' must be a list of [question, answer]"]),
+    "two systems": ({"messages": [{"role": "system", "content": "s"}, *OPEN_AI], "system": "t"}, ["only once"]),
+    "capitals": ({"Instruction": "a", "output": "b"}, ["rename 'Instruction' to 'instruction'"]),
+    "other names": ({"question": "a", "answer": "b"}, ["rename 'question' to 'instruction'"]),
+    "other answer": ({"instruction": "a", "response": "b"}, ["'output'", "rename 'response' to 'output'"]),
+    "null output": (ROW | {"output": None}, ["'output'", "is null", "remove the row"]),
+    "list output": (ROW | {"output": ["b", "c"]}, ["'output'", "is a list", "one text"]),
+}
+
+
+@pytest.mark.parametrize(("row", "words"), BAD.values(), ids=BAD)
+def test_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], words: list[str]
+) -> None:
+    """In training and, if the row has a question at all, for inference alike, with the row's number."""
+    for output_required in (True, False):
+        if output_required or "'output'" not in words[0]:
+            with pytest.raises(SystemExit) as stop:
+                load_rows(write(tmp_path, ROW, row), output_required)
+            message = capsys.readouterr().err
+            assert stop.value.code == 2 and "row 2: " in message and len(message.splitlines()) == 1
+            for word in words:
+                assert word in message
+
+
+FORMATS = {
+    "rows.json.gz": (gzip.compress(b"[]"), ["gzip", "gunzip -k"]),
+    "rows.parquet": (b"PAR1...", ["parquet", "read_parquet"]),
+    "rows.xlsx": (b"PK\x03\x04...", ["excel", "read_excel"]),
+    "rows.csv": (b"instruction,output\na,b\n", ["csv", "read_csv"]),
+    "rows.tsv": (b"instruction\toutput\na\tb\n", ["tsv", "read_table"]),
+    "rows.zst": (b"(\xb5/\xfd...", ["zstd", "zstd -d"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_formats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Trap 71: never the advice for another mistake."""
+    content, words = FORMATS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        load_rows(str(tmp_path / name))
+    message = capsys.readouterr().err
+    assert all(word in message for word in words) and "iconv" not in message and str(tmp_path / name) in message
+
+
+def test_zip_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as file:
+        file.writestr("rows.json", "[]")
+    for path, words in ((tmp_path / "rows.zip", "unzip"), (tmp_path / "*.json", "not a pattern")):
+        with pytest.raises(SystemExit):
+            load_rows(str(path))
+        assert words in capsys.readouterr().err
