@@ -105,6 +105,8 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
     except (OSError, ValueError, ImportError) as error:
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
     check_loaded_weights(model_args.model_path, model, loading_info)
+    if Path(model_args.model_path).is_dir():  # an adapter names its base model, from whichever folder it is used
+        model.name_or_path = str(Path(model_args.model_path).resolve())
     if not quantization(model):
         model.to(dtype)  # what stands beside FP8 weights comes in the dtype of the file
     model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generate.py
@@ -237,7 +239,8 @@ def train_and_save(
         save_adapter(model, output_dir, start, files)
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
-    print_speed(result.metrics, train_data.dataset, output_dir)
+    resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
+    print_speed(result.metrics, 1 - resumed_at / result.global_step, train_data.dataset, output_dir)
 
 
 def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, args: TrainingArguments) -> None:

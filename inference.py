@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common import load_model, load_tokenizer
+from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
 from finetuning.cli.arguments import ModelArguments, beside_scripts
 from finetuning.cli.console import fail, say, warn
@@ -46,6 +47,7 @@ def load_for_inference(
         warn(f"'{adapter_path}' was not saved by this project: prompt format and base model cannot be checked")
     if model_args.model_path is None:
         model_args.model_path = config.get("base_model_name_or_path") or ModelArguments.model_path
+        check_model_path(model_args.model_path, f"the base model of '{adapter_path}'" if config else "--model_path")
     if model_args.load_in_4bit is None:
         model_args.load_in_4bit = info.get("quantization") is not None
 
@@ -111,7 +113,7 @@ def print_answers(rows: Rows, predictions: Predictions, args: InferenceArguments
     if not args.output_file:
         for row in answered:
             print(json.dumps(question(row), ensure_ascii=False))
-    metrics_file = Path(args.output_file).with_name(METRICS) if args.output_file else None
+    metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
     report(rows, predictions.in_order(), metrics_file, adapter_path=args.adapter_path, data_path=args.data_path)
     if args.output_file:
         say(f"answers are in {args.output_file}, scores in {metrics_file}")

@@ -1,7 +1,10 @@
 """inference.py: a saved adapter answers as it was trained, or says why it cannot."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Run, make_model, make_tokenizer, save_checkpoint
+from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
 
 import inference
 import train_lora
@@ -164,7 +167,7 @@ def test_missing_adapter_and_missing_base(run: Run, adapter_path: str, tmp_path:
     config["base_model_name_or_path"] = str(tmp_path / "moved" / "model")
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     message = run("--adapter_path", folder, "--instruction", "a", expected=2)
-    assert "--model_path" in message and "moved" in message
+    assert f"the base model of '{folder}'" in message and "--model_path" in message and "moved" in message
 
 
 def test_adapter_with_nan_or_of_another_shape(run: Run, adapter_path: str, tmp_path: Path) -> None:
@@ -228,12 +231,50 @@ def test_answers_do_not_need_the_scorer(
     assert printed.count('"prediction"') == 12 and "exact match" not in printed
 
 
+def test_scores_are_not_overwritten(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
+    """Trap 61: each answer file has its own, also beside the adapter and the scores of its training."""
+    flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--output_file"]
+    for name in ("a.jsonl", "b.jsonl"):
+        run(*flags, tmp_path / name)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"a.metrics.json", "b.metrics.json"}
+    (tmp_path / "a.jsonl").unlink()
+    assert "a.metrics.json' already exists" in run(*flags, tmp_path / "a.jsonl", expected=2)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+def test_terminals_that_are_not_utf8(encoding: str, base_path: str, tmp_path: Path) -> None:
+    """Trap 66: what a terminal cannot show is shown as an escape, and never ends a run."""
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"instruction": "翻译🙂", "output": "é"}]', encoding="utf-8")
+    words = f"--model_path {base_path} --data_path {rows} --output_dir {tmp_path}/out --max_steps 1 --disable_tqdm True"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, str(REPOSITORY / "train_lora.py"), *words.split()]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert b"\\U0001f642" in result.stdout and b"Try it:" in result.stdout
+
+
+def test_bytes_that_are_not_utf8(run: Run, adapter_path: str) -> None:
+    """Trap 67: as Python passes them on from the command line."""
+    assert "not UTF-8" in run("--adapter_path", adapter_path, "--instruction", "a\udcff", expected=2)
+
+
+def test_an_adapter_from_another_folder(
+    run: Run, rows_path: str, base_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 72: the base model's path is saved as an absolute one."""
+    monkeypatch.chdir(Path(base_path).parent)
+    out = train(monkeypatch, Path(base_path).name, rows_path, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert run("--adapter_path", out, "--instruction", "Say sun")
+
+
 def test_cut_answers_are_counted(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--output_file", file, "--max_new_tokens", 1]
     assert "12 rows answered, 12 of the answers cut" in run(*flags)
     assert all(json.loads(line)["cut"] for line in file.read_text(encoding="utf-8").splitlines())
-    saved = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))
     assert saved["cut"] == saved["rows"] == saved["scores"]["rows"]["rows"] == 12
 
 

@@ -182,7 +182,7 @@ def test_metrics_at_the_end(
     own = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
     words = f"--adapter_path {tmp_path}/out --data_path {rows_path} --output_file {tmp_path}/answers.jsonl"
     run_main(inference, *words.split(), "--max_new_tokens", 8)
-    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["scores"] == own["scores"]
+    assert json.loads((tmp_path / "answers.metrics.json").read_text(encoding="utf-8"))["scores"] == own["scores"]
     run(*flags, "--overwrite_output_dir", True, "--eval_metrics", False)
     assert not (tmp_path / "out/metrics.json").exists()  # it would speak of another adapter
 
@@ -312,6 +312,15 @@ def interrupted(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return flags
 
 
+def test_speed_of_a_resumed_run(run: Run, interrupted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 64: three of six steps were taken before the interruption."""
+    shares = []
+    monkeypatch.setattr("common.print_speed", lambda metrics, share, *rest: shares.append(share))
+    run(*interrupted, "--resume_from_checkpoint", "True")
+    run(*interrupted, "--overwrite_output_dir", "True")
+    assert shares == [0.5, 1]
+
+
 @pytest.mark.parametrize("how", ["True", "folder"])
 def test_resumed_run_equals_an_undisturbed_one(run: Run, interrupted: list[str], tmp_path: Path, how: str) -> None:
     out = tmp_path / "out"
@@ -378,6 +387,18 @@ def test_used_output_dir_is_left_alone(run: Run, flags: list[str], tmp_path: Pat
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     run(*flags, "--overwrite_output_dir", True, "--seed", 5)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("limit", ["a file", "no permission"])
+def test_output_dir_is_tried_first(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Trap 70: not after minutes of loading."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    folder = tmp_path / ("file/out" if limit == "a file" else "out")
+    if limit == "no permission":
+        monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert "cannot be written" in run(*flags, "--output_dir", folder, "--model_path", "no/such", expected=2)
 
 
 def test_model_folder_is_no_output_dir(run: Run, flags: list[str], base_path: str) -> None:

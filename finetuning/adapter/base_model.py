@@ -17,8 +17,11 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tikt
 MOST_NAMES = 3  # of weights, in a message
 
 
-def check_model_path(model_path: str) -> None:
+def check_model_path(model_path: str, source: str = "--model_path") -> None:
     """Refuse what is not a whole checkpoint, before transformers looks for it on the hub or opens it.
+
+    Args:
+        source: where the path comes from, for the message.
 
     Raises:
         SystemExit: code 2, with what the path is and what to do.
@@ -27,9 +30,9 @@ def check_model_path(model_path: str) -> None:
     if path.is_dir():
         problem = find_problem(path)
         if problem:
-            fail(f"--model_path '{model_path}' {problem}")
+            fail(f"{source}, '{model_path}', {problem}")
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
-        fail(f"--model_path '{model_path}' does not exist; name the folder of a Qwen checkpoint, or a hub name")
+        fail(f"{source}, '{model_path}', does not exist; name the folder of a Qwen with --model_path, or a hub name")
 
 
 def find_problem(folder: Path) -> str | None:

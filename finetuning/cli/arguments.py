@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from finetuning.cli.console import end_quietly_on_interrupt, fail
+from finetuning.cli.console import end_quietly_on_interrupt, fail, print_any_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,6 +73,7 @@ class ScriptParser(HfArgumentParser):
     def parse_flags(self, argv: list[str] | None = None) -> Namespace:
         """Read the command line (`sys.argv` if `argv` is None) and refuse flags that do not exist."""
         end_quietly_on_interrupt()
+        print_any_text()
         warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation notices not meant for users
         namespace, unknown = self.parse_known_args(argv)
         for word in unknown:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 
@@ -25,6 +26,13 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def print_any_text() -> None:
+    """Let a terminal or a pipe that is not UTF-8 show what it lacks as an escape: a message never ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def end_quietly_on_interrupt() -> None:

@@ -39,6 +39,9 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Gen
         except KeyboardInterrupt:
             print()
             continue
+        except UnicodeError:
+            say("(these bytes are not UTF-8; type it again)")
+            continue
         except EOFError:
             print()
             return
@@ -63,4 +66,5 @@ def ask(prompt: str) -> str:
     text = input(prompt)
     while text.endswith("\\"):
         text = text[:-1] + "\n" + input("... ")
+    text.encode()  # bytes that are not UTF-8 arrive as halves of surrogate pairs
     return text.strip()

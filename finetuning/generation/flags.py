@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.adapter.folder import WEIGHTS
+from finetuning.adapter.folder import METRICS, WEIGHTS
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fail
 from finetuning.generation.generate import MAX_NEW_TOKENS
@@ -23,7 +23,9 @@ class InferenceArguments:
     interactive: bool = flag(False, "chat in the terminal")
     data_path: str | None = flag(None, "rows to answer, JSON list or JSON Lines")
     tasks: str | None = flag(None, "only rows whose 'task' is one of these, commas between")
-    output_file: str | None = flag(None, "file for the answered rows, as JSON Lines; metrics.json goes beside it")
+    output_file: str | None = flag(
+        None, "JSON Lines of the answered rows; their scores go to a .metrics.json beside it"
+    )
     labels: str | None = flag(
         None, "answer with the most probable of these words, commas between; auto: the label words of the training data"
     )
@@ -40,6 +42,9 @@ class InferenceArguments:
         asked = [name for name, given in (asked | {"--interactive": self.interactive}).items() if given]
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} exclude each other: leave out all but one")
+        for name in ("instruction", "input"):
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name) or ""):
+                raise ValueError(f"--{name} has bytes that are not UTF-8; type it again, or use a --data_path")
         if self.output_file and not self.data_path:
             raise ValueError("--output_file needs --data_path, the rows to answer")
         for name in ("batch_size", "max_new_tokens"):
@@ -64,8 +69,9 @@ def parse_inference_arguments(
     parser = ScriptParser((ModelArguments, InferenceArguments), description)
     parser.set_defaults(model_path=None, load_in_4bit=None)
     model_args, args = parser.to_dataclasses(parser.parse_flags(argv))
-    if args.output_file and Path(args.output_file).exists():
-        fail(f"--output_file '{args.output_file}' already exists; name another file, or remove it")
+    for file in (Path(args.output_file), Path(args.output_file).with_suffix(f".{METRICS}")) if args.output_file else ():
+        if file.exists():
+            fail(f"--output_file: '{file}' already exists; name another file, or remove it")
     if args.adapter_path is None and model_args.model_path is None and Path(DEFAULT_ADAPTER, WEIGHTS).exists():
         args.adapter_path = DEFAULT_ADAPTER
     return model_args, args

@@ -1,7 +1,7 @@
 """What a row of a data file means: one of the schemas below, or a reason why it is none.
 
     {"instruction": str, "input": str, "output": str}      and perhaps "system": str, "history": [[question, answer]]
-    {"messages": [{"role": ..., "content": ...}]}          or {"conversations": [{"from": ..., "value": ...}]} (ShareGPT)
+    {"messages": [{"role": ..., "content": ...}]}          or {"conversations": [{"from": ..., "value": ...}]}
 
 Whatever would change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
 """

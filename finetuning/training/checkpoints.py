@@ -7,6 +7,7 @@ A checkpoint without that file is half written.
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def check_output_dir(output_dir: str, allowed: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         fail(f"--output_dir '{folder}' is a file; name a folder")
+    try:  # before minutes of loading
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        fail(f"--output_dir '{folder}' cannot be written: {error.strerror}; name another folder")
     if (folder / "config.json").exists():
         fail(f"--output_dir '{folder}' holds a model; name another folder, so that the model stays as it is")
     if allowed or not folder.is_dir() or all(path.name.startswith((".gitkeep", SCRATCH)) for path in folder.iterdir()):

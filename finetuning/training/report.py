@@ -16,14 +16,15 @@ def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
 
 
-def print_speed(metrics: dict[str, float], train_dataset: Dataset, output_dir: str) -> None:
+def print_speed(metrics: dict[str, float], share: float, train_dataset: Dataset, output_dir: str) -> None:
     """Print time, tokens a second and peak memory.
 
     Args:
-        metrics: of the Trainer's result.
+        metrics: of the Trainer's result. Its speed counts all steps of the run.
+        share: of the steps that were taken now; the others were taken before the run was resumed.
     """
     tokens_per_row = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
-    tokens_per_second = metrics["train_samples_per_second"] * tokens_per_row
+    tokens_per_second = metrics["train_samples_per_second"] * share * tokens_per_row
     say(
         f"trained in {metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
         f"peak memory {peak_memory() / GIB:.2f} GiB; saved in {output_dir}"

@@ -72,6 +72,12 @@ def test_a_turn_an_interrupt_another_turn_the_end(talkative_path: str) -> None:
     assert terminal.exit_code() == 0
 
 
+def test_bytes_that_are_not_utf8(conversation: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 67: one line, and the conversation continues."""
+    assert len(conversation("<|im_end|>", ["a\udcff", "b"])) == 1
+    assert "not UTF-8" in capsys.readouterr().out
+
+
 def test_chinese_input_edits_properly(base_path: str) -> None:
     """A backspace removes a whole character, of three bytes and two columns; the arrow keys recall a line."""
     script = (
