@@ -1,11 +1,14 @@
 """losses.py and attention.py: the loss and the gradients of transformers, in less memory."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from support import FLAT, HYBRID, TOKENS, loss_alone, make_model, make_rows, make_soft
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import cross_entropy, linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
@@ -111,6 +114,27 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert half.grad.isfinite().all()
     error = (half.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < (2e-3 if dtype == torch.float16 else 1.5e-2)
+
+
+def test_the_librarys_own_loss_is_less_exact() -> None:
+    """Why ChunkedCrossEntropy is there. When this fails, PyTorch's own loss may take its place."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(5000, 256, generator=generator)
+    targets = torch.randint(0, 5000, (128,), generator=generator)
+    hidden = 15 * weight[targets] / weight[targets].square().sum(dim=1, keepdim=True)  # confident, as after training
+    weight, hidden = weight.half(), hidden.half()
+
+    def error(loss: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        exact, half = hidden.double().requires_grad_(), hidden.clone().requires_grad_()
+        cross_entropy(exact @ weight.double().T, targets).backward()
+        (1024 * loss(half)).backward()
+        return ((half.grad.double() / 1024 - exact.grad).norm() / exact.grad.norm()).item()
+
+    stock = error(lambda hidden: cross_entropy((hidden @ weight.T).float(), targets))
+    ours = error(lambda hidden: ChunkedCrossEntropy.apply(hidden, weight, targets, torch.tensor(128)))
+    options = LinearCrossEntropyOptions(batch_chunk_size=64, acc_dtype=torch.float32)
+    library = error(lambda hidden: linear_cross_entropy(hidden, weight, targets, options=options).float())
+    assert ours < 2 * stock and library > 4 * stock, (stock, ours, library)
 
 
 def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
