@@ -9,6 +9,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests check what happens without a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # also in child processes: threads of several processes wait for each other
 
 import torch
 from support import Run, make_model, make_tokenizer, save_checkpoint

@@ -184,7 +184,7 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
         model_class = SoftPromptModel if config.peft_type == PeftType.PROMPT_TUNING else PeftModelForCausalLM
         model = model_class(model, config)
         keys = model.load_adapter(adapter_path, "default", key_mapping=mapping)
-        if keys.missing_keys or keys.unexpected_keys:
+        if config.peft_type == PeftType.LORA and (keys.missing_keys or keys.unexpected_keys):
             raise ValueError(
                 f"weights without a place: {sorted(keys.unexpected_keys)[:2]}, places without a weight: "
                 f"{sorted(keys.missing_keys)[:2]}"

@@ -34,6 +34,8 @@ PLAIN_TEMPLATE = (
 {%- endfor %}
 """
 )
+# In front of the template of a thinking model, so that every program that reads the saved template asks as we trained.
+NO_THINKING = "{%- set enable_thinking = false %}"
 PLAIN_ANSWER = "\nOutput:"  # how a plain answer begins, before its first space
 
 # What Qwen models end on. A base model reloads with <|endoftext|> alone, so generation always gets both (Qwen3#927).
@@ -55,6 +57,8 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif not isinstance(tokenizer.chat_template, str):
         fail("--prompt_format chat: this model's tokenizer has no chat template; use --prompt_format plain")
+    elif "enable_thinking" in tokenizer.chat_template and not tokenizer.chat_template.startswith(NO_THINKING):
+        tokenizer.chat_template = NO_THINKING + tokenizer.chat_template
 
 
 def prompt_format(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -151,11 +155,14 @@ def split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
 def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     """The text of a conversation; with `add_generation_prompt`, up to where the next answer begins.
 
-    transformers runs the template in a sandbox. Qwen3's thinking is off, in training as in inference.
+    transformers runs the template in a sandbox.
     """
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,  # for the templates of older adapters, which do not say so themselves
         )
     except TemplateError as error:  # also what the sandbox refuses
         fail(

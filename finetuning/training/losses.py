@@ -17,10 +17,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The weights of lm_head are frozen, so a chunk's gradient, softmax minus one-hot, is known as soon as its logits are,
     and no logits have to be kept for the backward pass.
 
-    PyTorch 2.13 has `torch.nn.functional.linear_cross_entropy`, which works the same way. It takes the same time and more
-    memory (1,000 tokens, vocabulary 151,936 x 896, float32, chunks of 220 tokens: 7.8 CPU seconds and 0.22 GiB against
-    8.0 and 0.14 here), but in float16 its gradient is ten times less exact than that of the stock loss and of this one
-    (2.0e-2 against 2.5e-3 and 2.0e-3 at a target probability of 0.998), and older versions of torch do not have it.
+    PyTorch 2.13 has `torch.nn.functional.linear_cross_entropy`, which works alike, in about the same time and with
+    more memory (1,000 tokens, vocabulary 151,936 x 896, float32, chunks of 220 tokens: 7.8 CPU seconds and 0.22 GiB
+    against 8.0 and 0.14 here). In float16 its gradient is ten times less exact than that of the stock loss and of this
+    one (2.0e-2 against 2.5e-3 and 2.0e-3 at a target probability of 0.998), and older versions of torch lack it.
     """
 
     @staticmethod

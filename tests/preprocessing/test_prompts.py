@@ -89,6 +89,25 @@ def test_auto_follows_the_end_token() -> None:
     assert tokenizer_for("chat").chat_template == CHATML
 
 
+def test_thinking_is_off_in_the_template_itself() -> None:
+    """Trap 57: another program renders the saved template without our flags, and asks what was trained."""
+    tokenizer = tokenizer_for("thinking")
+    set_prompt_format(tokenizer, "auto")  # once more, as inference does
+    assert tokenizer.chat_template == "{%- set enable_thinking = false %}" + THINKING
+    row = {"instruction": "Go", "input": ""}
+    asked = tokenizer.apply_chat_template(to_messages(row, tokenizer), tokenize=False, add_generation_prompt=True)
+    trained = preprocess_function(row | {"output": "ok"}, tokenizer, max_length=1000)
+    assert asked.endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.decode(trained["input_ids"]) == asked + "ok<|im_end|>"
+
+
+def test_templates_of_older_adapters_do_not_think_either() -> None:
+    tokenizer = tokenizer_for("thinking")
+    prompt = encode_messages([{"role": "user", "content": "Go"}], tokenizer)[0]
+    tokenizer.chat_template = THINKING
+    assert encode_messages([{"role": "user", "content": "Go"}], tokenizer)[0] == prompt
+
+
 def test_chat_without_template_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = make_tokenizer("<|im_end|>")
     tokenizer.chat_template = None
