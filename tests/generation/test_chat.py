@@ -7,6 +7,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -44,13 +45,12 @@ class Terminal:
 
     def interrupt(self, pattern: str) -> None:
         """Press Ctrl-C until a pattern is shown: readline may miss one that comes just before it begins to wait."""
-        while True:
+        for _ in range(20):
             self.type("\x03")
-            try:
+            with suppress(TimeoutError):
                 self.read_until(pattern, patience=15)
                 return
-            except TimeoutError:
-                continue
+        raise TimeoutError(self.seen)
 
     def exit_code(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
