@@ -106,7 +106,6 @@ MUTANTS = [
     Mutant("finetuning/preprocessing/schema.py", 'if kinds - {"text"}:', "if False:", "test_schema refused"),
     Mutant("finetuning/preprocessing/schema.py", 'raise RowError(f"has \'history\' beside', '(f"has \'history\' beside', "test_schema refused"),
     Mutant("finetuning/preprocessing/prompts.py", 'if message.get("weight") == 0 else answer_ids', "if False else answer_ids", "test_schema learnt"),
-    Mutant("finetuning/preprocessing/prompts.py", 'for end in ends if messages[end - 1].get("weight") != 0', "for end in ends", "test_schema rewriting"),
     Mutant("finetuning/preprocessing/prompts.py", 'for question, answer in row.get("history") or []:', "for question, answer in []:", "test_schema learnt"),
     Mutant("finetuning/preprocessing/rows.py", "    if unread:\n", "    if False:\n", "test_schema counted"),
     Mutant("finetuning/preprocessing/rows.py", "    refuse_other_formats(path, data)\n    for", "    for", "test_schema formats"),

@@ -148,7 +148,7 @@ def split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
         first_prompt = render(messages[: ends[0] - 1], tokenizer, add_generation_prompt=True)
         last_prompt = render(messages[: ends[-1] - 1], tokenizer, add_generation_prompt=True)
         if not last_prompt.startswith(first_prompt):
-            return [{"messages": messages[:end]} for end in ends if messages[end - 1].get("weight") != 0]
+            return [{"messages": messages[:end]} for end in ends]
     return [row]
 
 
