@@ -191,7 +191,7 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
             )
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, RuntimeError) as error:  # PEFT found names or shapes that the model does not have
+    except (ValueError, RuntimeError, KeyError) as error:  # PEFT missed a name, or found one or a shape too many
         fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
     return model.eval()
 

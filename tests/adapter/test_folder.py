@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import make_model
+from support import make_model, make_soft
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from finetuning.adapter.folder import load_adapter, read_adapter
@@ -44,6 +44,15 @@ def test_keys_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         load_adapter(make_model(), str(tmp_path), {})
     assert stop.value.code == 2 and "does not fit this base model" in capsys.readouterr().err
+
+
+def test_a_prompt_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 55, for prompt tuning."""
+    make_soft().save_pretrained(tmp_path)
+    save_file({"prompt": load_file(tmp_path / WEIGHTS)["prompt_embeddings"]}, tmp_path / WEIGHTS)
+    with pytest.raises(SystemExit) as stop:
+        load_adapter(make_model(), str(tmp_path), {})
+    assert stop.value.code == 2 and "prompt_embeddings" in capsys.readouterr().err
 
 
 @pytest.fixture
