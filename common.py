@@ -36,14 +36,15 @@ from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.preprocessing.prompts import (
     IGNORE_INDEX,
+    choose_thinking,
     encode_messages,
     pad_token_id,
-    set_prompt_format,
     split_turns,
     stop_token_ids,
     to_messages,
 )
-from finetuning.preprocessing.rows import Rows, load_rows
+from finetuning.preprocessing.rows import Rows, has_thought, load_rows, without_thoughts
+from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     RUN_SETTINGS,
@@ -146,8 +147,13 @@ def preprocess_function(
     return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
 
 
-def preprocess(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data | None:
+def preprocess(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int, thinking: str = "auto"
+) -> Data | None:
     """Read, check and tokenise a data file, and print how many rows were kept, cut and dropped.
+
+    Args:
+        thinking: "off" leaves the thoughts of the rows out.
 
     Returns:
         The rows, and a dataset with the columns of `preprocess_function` and `row_number`, counted from 1 in the file.
@@ -156,6 +162,9 @@ def preprocess(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length:
     if path is None:
         return None
     rows = load_rows(path)
+    thoughts = sum(map(has_thought, rows))
+    if thoughts and thinking == "off":
+        rows[:] = map(without_thoughts, rows)
     examples, counts, stop_ids = [], Counter(), stop_token_ids(tokenizer)
     for number, row in enumerate(tqdm(rows, desc=f"tokenizing {path}", leave=False), 1):
         parts = [preprocess_function(part, tokenizer, max_length) for part in split_turns(row, tokenizer)]
@@ -168,6 +177,9 @@ def preprocess(path: str | None, tokenizer: PreTrainedTokenizerBase, max_length:
         f"{path}: {len(rows)} rows{more}: {counts['whole']} kept whole, {counts['cut']} cut at {max_length} tokens, "
         f"{counts['dropped']} dropped (no part of their answer was left)"
     )
+    if thoughts:
+        use = "left out" if thinking == "off" else "learnt in thinking mode"
+        say(f"{path}: {thoughts} rows have a thought before their answer: {use}")
     empty = sum(row.get("output") == "" for row in rows)
     if empty:
         say(f"{path}: {empty} rows have an empty answer: the model learns to say nothing there")
@@ -194,6 +206,7 @@ def train(
             run cannot be resumed.
     """
     prepare_adapter(model)
+    choose_thinking(tokenizer, train_data.rows, args.data.thinking)
     print_first_row(train_data.dataset, tokenizer)
     with memory_advice(args.training, args.model.load_in_4bit, args.data.max_length):
         if args.data.dry_run:
@@ -221,7 +234,8 @@ def train_and_save(
 ) -> None:
     """Train, from a checkpoint if asked to; then save the adapter if it passes its checks, and print the speed."""
     output_dir = args.training.output_dir
-    settings = {"max_length": args.data.max_length} | {name: getattr(args.training, name) for name in RUN_SETTINGS}
+    settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
+    settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
     files = describe_adapter(model, tokenizer, train_data.rows, settings)
     checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
     if args.training.should_save:

@@ -30,6 +30,7 @@ from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.preprocessing.label_words import choose_labels
 from finetuning.preprocessing.rows import Rows, load_rows, question
+from finetuning.preprocessing.templates import is_thinking
 
 SAMPLE_ROWS = 8
 
@@ -90,6 +91,8 @@ def main() -> None:
     rows = [instruction] if one_row else read_questions(args)
     model, tokenizer, info = load_for_inference(model_args, args.adapter_path)
     labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None
+    if labels and info.get("thinking") and not is_thinking(tokenizer):
+        fail("--labels: this adapter writes a thought as the beginning of its answer; leave the flag out")
     config = make_generation_config(
         tokenizer, args.max_new_tokens, args.do_sample, args.temperature, args.top_p, args.repetition_penalty
     )

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2Tokenizer,
+)
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.prompts import IGNORE_INDEX
@@ -40,6 +47,28 @@ THINKING = (
     "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{%- endif %}"
 )
+
+# What released templates do with thoughts: one with a switch, which is on (Qwen3); one that begins a thought in the
+# prompt and trims answers (Qwen3.5); one without a switch (Qwen3-Thinking); one that forgets thoughts (QwQ).
+TURN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
+THOUGHT = (
+    "{%- if m.role == 'assistant' and loop.last %}"
+    "{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}"
+)
+END = "<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n"
+OFF = "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}"
+THINKERS = {
+    "switch": TURN + THOUGHT + "{{- m.content + '" + END + "' }}" + OFF + "{%- endif %}{%- endif %}",
+    "opens": TURN
+    + THOUGHT
+    + "{{- m.content|trim + '"
+    + END
+    + "' }}"
+    + OFF
+    + "{%- else %}{{- '<think>\\n' }}{%- endif %}{%- endif %}",
+    "always": TURN + THOUGHT + "{{- m.content + '" + END + "<think>\\n' }}{%- endif %}",
+    "forgets": TURN + "{{- m.content + '" + END + "<think>\\n' }}{%- endif %}",
+}
 
 
 def bytes_to_unicode() -> dict[int, str]:
@@ -151,3 +180,22 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 def equal_weights(first: Path, second: Path) -> bool:
     one, other = adapter_weights(first), adapter_weights(second)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Force(LogitsProcessor):
+    """Makes the model say some tokens in turn."""
+
+    def __init__(self, start: int, tokens: list[int]) -> None:
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:] = -torch.inf
+        scores[:, self.tokens[input_ids.shape[1] - self.start]] = 0
+        return scores
+
+
+def force(model: torch.nn.Module, start: int, tokens: list[int]) -> None:
+    original = model.generate
+    model.generate = lambda **kwargs: original(
+        **kwargs | {"logits_processor": LogitsProcessorList([Force(start, tokens)])}
+    )

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
+from support import CHATML, IM_END, REPOSITORY, THINKERS, Force, Run, make_model, make_tokenizer, save_checkpoint
 
 import inference
 import train_lora
 from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints
+from finetuning.adapter.folder import load_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
 
@@ -276,6 +277,49 @@ def test_cut_answers_are_counted(run: Run, adapter_path: str, rows_path: str, tm
     assert all(json.loads(line)["cut"] for line in file.read_text(encoding="utf-8").splitlines())
     saved = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))
     assert saved["cut"] == saved["rows"] == saved["scores"]["rows"]["rows"] == 12
+
+
+@pytest.mark.parametrize("template", ["switch", "ChatML"])
+def test_thoughts(
+    run_main: Run, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trap 58: asked in the mode that was trained; the thought is shown apart, and the answer is scored without it."""
+    tokenizer = make_tokenizer("<|im_end|>", THINKERS.get(template, CHATML))
+    model = save_checkpoint(tmp_path / "model", tokenizer, make_model())
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "Go", "output": "<think>hm</think>ok"}] * 2), encoding="utf-8")
+    flags = ["--thinking", "auto", "--eval_data_path", rows, "--eval_metrics", False]
+    adapter = train(monkeypatch, model, str(rows), tmp_path / "out", *flags)
+    saved = (tmp_path / "out/chat_template.jinja").read_text(encoding="utf-8")
+    assert saved.startswith("{%- set enable_thinking = true %}") == (template == "switch")
+
+    def think(model: torch.nn.Module, *rest: Any) -> torch.nn.Module:
+        model = load_adapter(model, *rest)
+        original = model.generate
+
+        def generate(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            kwargs["logits_processor"] = [Force(input_ids.shape[1], [*b"<think>\nhm\n</think>\n\nok", IM_END])]
+            return original(input_ids=input_ids, **kwargs)
+
+        model.generate = generate
+        return model
+
+    monkeypatch.setattr(inference, "load_adapter", think)
+    run, flags = partial(run_main, inference), ["--adapter_path", adapter]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["inference.py", *flags, "--instruction", "Go"])
+    inference.main()
+    shown = capsys.readouterr()
+    assert shown.out == "ok\n" and "thought: hm\n" in shown.err
+    file = tmp_path / "answers.jsonl"
+    assert "| rows | 2 | 100.0% |" in run(*flags, "--data_path", rows, "--output_file", file)
+    answer = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert (answer["prediction"], answer["thought"]) == ("ok", "hm")
+    labels = [*flags, "--instruction", "Go", "--labels", "ok,no"]
+    if template == "switch":
+        assert run(*labels).count("\t") == 2
+    else:
+        assert "writes a thought" in run(*labels, expected=2)
 
 
 # ---- an interrupted run resumes

@@ -27,8 +27,9 @@ from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprint
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 from finetuning.preprocessing.label_words import labels_by_task
-from finetuning.preprocessing.prompts import prompt_format, stop_token_ids
-from finetuning.preprocessing.rows import Rows
+from finetuning.preprocessing.prompts import stop_token_ids
+from finetuning.preprocessing.rows import Rows, mostly_thoughts
+from finetuning.preprocessing.templates import prompt_format
 
 WEIGHTS, CONFIG, TEMPLATE, INFO, METRICS = (
     "adapter_model.safetensors",
@@ -59,6 +60,7 @@ def describe_adapter(
         "quantization": quantization(model),
         "prompt_format": prompt_format(tokenizer),
         "stop_token_ids": stop_token_ids(tokenizer),
+        "thinking": mostly_thoughts(rows),
         "labels": labels_by_task(rows),
         "command": shlex.join(["python", *sys.argv]),
         "data_sha256": rows.sha256,

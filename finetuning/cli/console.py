@@ -13,6 +13,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def dim(text: str) -> str:
+    """The text in a fainter colour, on a terminal that shows colours (https://no-color.org)."""
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+
+
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 

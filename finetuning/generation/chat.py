@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from finetuning.cli.console import say
 from finetuning.generation.generate import AnswerStreamer, encode_question, generate
-from finetuning.preprocessing.prompts import prompt_format
+from finetuning.preprocessing.templates import prompt_format
 
 
 def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:
@@ -50,7 +50,7 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Gen
             say("(the conversation is too long for the model: its first turn is left out)")
             del messages[:2]
             prompt = encode_question(row, tokenizer)
-        streamer = AnswerStreamer(tokenizer, lambda text: print(text, end="", flush=True))
+        streamer = AnswerStreamer(tokenizer)
         print("Qwen: " if turns else "Output: ", end="", flush=True)
         try:
             answer = generate(model, tokenizer, [prompt], config, streamer)[0]
@@ -58,7 +58,7 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Gen
         except KeyboardInterrupt:
             print(" [stopped]")
         if turns:
-            messages.append({"role": "assistant", "content": streamer.text})
+            messages.append({"role": "assistant", "content": streamer.answer})
 
 
 def ask(prompt: str) -> str:

@@ -25,13 +25,14 @@ def answer_rows(
     """Answer the rows that `predictions` lacks, and add them to it batch by batch.
 
     Args:
-        config: from `make_generation_config`; not used with labels.
+        config: from `make_generation_config`.
         labels: for each row the labels to choose from; None to generate the answers.
     """
     todo = [number for number in range(len(rows)) if number not in predictions.by_row]
     prompts = [encode_question(rows[number], tokenizer) for number in todo]
     if labels:
-        batches = classify_in_batches(model, tokenizer, prompts, [labels[number] for number in todo], batch_size)
+        own = [labels[number] for number in todo]
+        batches = classify_in_batches(model, tokenizer, prompts, own, batch_size, config)
     else:
         batches = answer_in_batches(model, tokenizer, prompts, batch_size, config)
     initial = len(rows) - len(todo)
@@ -51,12 +52,14 @@ def answer_instruction(
     """Print the answer to one row, on a terminal while it is generated; or the labels' probabilities, best first."""
     prompt = encode_question(row, tokenizer)
     if labels:
-        _, [prediction] = next(classify_in_batches(model, tokenizer, [prompt], labels, batch_size=1))
+        _, [prediction] = next(classify_in_batches(model, tokenizer, [prompt], labels, 1, config))
         for label, probability in prediction["probabilities"].items():
             print(f"{label}\t{probability:.4f}")
         return
-    streamer = AnswerStreamer(tokenizer, lambda text: print(text, end="", flush=True)) if sys.stdout.isatty() else None
+    streamer = AnswerStreamer(tokenizer) if sys.stdout.isatty() else None
     answer = generate(model, tokenizer, [prompt], config, streamer)[0]
+    if answer.thought and not streamer:
+        print(f"thought: {answer.thought}", file=sys.stderr)  # stdout gets the answer alone
     print("" if streamer else answer.text)
     if answer.cut:
         warn(f"the answer was cut at {config.max_new_tokens} tokens (--max_new_tokens)")

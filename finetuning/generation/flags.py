@@ -6,7 +6,7 @@ from pathlib import Path
 from finetuning.adapter.folder import METRICS, WEIGHTS
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fail
-from finetuning.generation.generate import MAX_NEW_TOKENS
+from finetuning.generation.generate import MAX_NEW_TOKENS, MAX_THINKING_TOKENS
 
 DEFAULT_ADAPTER = "outputs/lora"
 
@@ -30,7 +30,9 @@ class InferenceArguments:
         None, "answer with the most probable of these words, commas between; auto: the label words of the training data"
     )
     batch_size: int = flag(16, "rows answered at once")
-    max_new_tokens: int = flag(MAX_NEW_TOKENS, "longest answer, in tokens")
+    max_new_tokens: int | None = flag(
+        None, f"longest answer, in tokens; left out: {MAX_NEW_TOKENS}, or {MAX_THINKING_TOKENS} with its thought"
+    )
     do_sample: bool = flag(False, "draw tokens at random instead of the most probable one")
     temperature: float = flag(1.0, "sampling: below 1 prefers probable tokens")
     top_p: float = flag(1.0, "sampling: only the tokens that make up this probability")
@@ -48,7 +50,7 @@ class InferenceArguments:
         if self.output_file and not self.data_path:
             raise ValueError("--output_file needs --data_path, the rows to answer")
         for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.interactive and self.labels:
             raise ValueError("--labels does not work with --interactive: give an --instruction or a --data_path")

@@ -1,6 +1,6 @@
 """From prompts to generated answers, in batches or as a stream."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +15,25 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.preprocessing.prompts import (
-    PLAIN_ANSWER,
-    clean_answer,
-    encode_messages,
-    pad_token_id,
-    stop_token_ids,
-    to_messages,
-)
+from finetuning.cli.console import dim
+from finetuning.preprocessing.prompts import encode_messages, pad_token_id, stop_token_ids, to_messages
 from finetuning.preprocessing.rows import question
+from finetuning.preprocessing.templates import PLAIN_ANSWER, is_thinking, read_answer
 
-MAX_NEW_TOKENS = 256  # longest answer
+MAX_NEW_TOKENS, MAX_THINKING_TOKENS = 256, 2048  # longest answer; with its thought
 
 
 @dataclass
 class Answer:
     text: str
+    thought: str  # "" for none
     token_ids: list[int]  # with the stop token, if there is one
     cut: bool  # it reached max_new_tokens without a stop token
 
 
 def make_generation_config(
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -47,7 +43,12 @@ def make_generation_config(
 
     Every value that matters is set, because `generate` takes missing ones from the model's own configuration: that of
     Qwen2.5-Instruct asks for sampling and a repetition penalty of 1.05.
+
+    Args:
+        max_new_tokens: None for MAX_NEW_TOKENS or, in thinking mode, MAX_THINKING_TOKENS.
     """
+    if max_new_tokens is None:
+        max_new_tokens = MAX_THINKING_TOKENS if is_thinking(tokenizer) else MAX_NEW_TOKENS
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -98,8 +99,8 @@ def generate(
     answers = []
     for ids in output[:, length:].tolist():
         end = next((place for place, token in enumerate(ids) if token in config.eos_token_id), None)
-        text = clean_answer(tokenizer.decode(ids[:end]), tokenizer)
-        answers.append(Answer(text, ids if end is None else ids[: end + 1], cut=end is None))
+        thought, text = read_answer(tokenizer.decode(ids[:end]), tokenizer)
+        answers.append(Answer(text, thought, ids if end is None else ids[: end + 1], cut=end is None))
     return answers
 
 
@@ -131,21 +132,26 @@ def answer_in_batches(
     batch_size: int,
     config: GenerationConfig,
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    """Answer prompts in batches. Yields the numbers of a batch's prompts, and for each `prediction`, perhaps `cut`."""
+    """Answer prompts in batches. Yields the numbers of a batch's prompts, and for each `prediction`, perhaps `thought`
+    and `cut`."""
     for numbers in batches_by_length(prompts, batch_size):
         answers = generate(model, tokenizer, [prompts[number] for number in numbers], config)
-        yield numbers, [{"prediction": answer.text} | ({"cut": True} if answer.cut else {}) for answer in answers]
+        yield numbers, [describe(answer) for answer in answers]
+
+
+def describe(answer: Answer) -> dict[str, Any]:
+    more = {"thought": answer.thought, "cut": answer.cut}
+    return {"prediction": answer.text} | {name: value for name, value in more.items() if value}
 
 
 class AnswerStreamer(BaseStreamer):
-    """Passes on the text of an answer while it is generated, without the parts that belong to the format."""
+    """Prints an answer while it is generated, its thought dimmed, without the parts that belong to the format."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.write = write
         self.stop_ids = stop_token_ids(tokenizer)
         self.token_ids: list[int] | None = None  # None until the prompt has come, which is put first
-        self.text = ""  # what has been written
+        self.thought = self.answer = ""  # what has been printed
 
     def put(self, value: torch.Tensor) -> None:
         if self.token_ids is None:
@@ -153,13 +159,18 @@ class AnswerStreamer(BaseStreamer):
             return
         self.token_ids += [token for token in value.tolist() if token not in self.stop_ids]
         text = self.tokenizer.decode(self.token_ids)
-        # wait for the rest of a character of several tokens, and of the words before a plain answer
-        if not text.endswith("\ufffd") and not PLAIN_ANSWER.startswith(text):
-            self.write_up_to(clean_answer(text, self.tokenizer))
+        # wait for the rest of a character of several tokens, of the words before a plain answer, and of a tag
+        unfinished = any(text.endswith(tag[:end]) for tag in ("<think>", "</think>") for end in range(1, len(tag)))
+        if not text.endswith("\ufffd") and not PLAIN_ANSWER.startswith(text) and not unfinished:
+            self.print_up_to(*read_answer(text, self.tokenizer))
 
     def end(self) -> None:
-        self.write_up_to(clean_answer(self.tokenizer.decode(self.token_ids), self.tokenizer))
+        self.print_up_to(*read_answer(self.tokenizer.decode(self.token_ids), self.tokenizer))
 
-    def write_up_to(self, text: str) -> None:
-        self.write(text[len(self.text) :])
-        self.text = text
+    def print_up_to(self, thought: str, answer: str) -> None:
+        if len(thought) > len(self.thought):
+            print(dim(thought[len(self.thought) :]), end="", flush=True)
+        if thought and answer and not self.answer:
+            print()
+        print(answer[len(self.answer) :], end="", flush=True)
+        self.thought, self.answer = thought, answer

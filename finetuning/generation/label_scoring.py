@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.generation.generate import batches_by_length, pad_left
-from finetuning.preprocessing.prompts import encode_messages, pad_token_id
+from finetuning.generation.generate import batches_by_length, generate, pad_left
+from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, pad_token_id, tokenize
+from finetuning.preprocessing.templates import CLOSING, OPENING, is_thinking, opens_thought
 
 
 def classify_in_batches(
@@ -17,32 +18,49 @@ def classify_in_batches(
     prompts: list[list[int]],
     labels_of_prompts: list[tuple[str, ...]],
     batch_size: int,
+    config: GenerationConfig,
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """Choose among labels; yields the numbers of a batch's prompts, and for each `prediction` and `probabilities`.
+
+    In thinking mode the model first writes its thought, and the labels are scored after it.
 
     Args:
         labels_of_prompts: the labels of each prompt, from `label_words.choose_labels`.
         batch_size: the most labels scored at once; a prompt with more labels makes a batch of its own.
+        config: how thoughts are generated.
     """
     for labels in dict.fromkeys(labels_of_prompts):
         label_ids = [encode_label(label, tokenizer) for label in labels]
         own = [number for number, its_labels in enumerate(labels_of_prompts) if its_labels == labels]
         for places in batches_by_length([prompts[number] for number in own], max(1, batch_size // len(labels))):
             numbers = [own[place] for place in places]
-            scores = score_labels(model, [prompts[n] for n in numbers], label_ids, pad_token_id(tokenizer))
+            batch, thoughts = [prompts[number] for number in numbers], [{}] * len(numbers)
+            if is_thinking(tokenizer):
+                batch, thoughts = think(model, tokenizer, batch, config)
+            scores = score_labels(model, batch, label_ids, pad_token_id(tokenizer))
             predictions = []
-            for probabilities in scores.softmax(dim=1).tolist():
+            for probabilities, thought in zip(scores.softmax(dim=1).tolist(), thoughts, strict=True):
                 ranked = sorted(zip(labels, probabilities, strict=True), key=lambda pair: -pair[1])
                 rounded = {label: round(probability, 6) for label, probability in ranked}
-                predictions.append({"prediction": ranked[0][0], "probabilities": rounded})
+                predictions.append({"prediction": ranked[0][0], "probabilities": rounded} | thought)
             yield numbers, predictions
+
+
+def think(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: GenerationConfig
+) -> tuple[list[list[int]], list[dict[str, str]]]:
+    """Let the model write its thoughts; returns the prompts with them, up to where the answers begin, and the texts."""
+    opening = "" if opens_thought(tokenizer, tokenizer.chat_template) else OPENING
+    thoughts = [answer.thought for answer in generate(model, tokenizer, prompts, config)]
+    ids = [tokenize(opening + thought + CLOSING, tokenizer) for thought in thoughts]
+    prompts = [prompt + its_ids for prompt, its_ids in zip(prompts, ids, strict=True)]
+    return prompts, [{"thought": thought} for thought in thoughts]
 
 
 def encode_label(label: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a label as an answer, as training would supervise them: with the format and the stop token."""
-    messages = [{"role": "user", "content": "?"}]
-    prompt = encode_messages(messages, tokenizer)[0]
-    return encode_messages([*messages, {"role": "assistant", "content": label}], tokenizer)[0][len(prompt) :]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}]
+    return [token for token in encode_messages(messages, tokenizer)[1] if token != IGNORE_INDEX]
 
 
 @torch.inference_mode()

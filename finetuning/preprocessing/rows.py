@@ -64,7 +64,24 @@ def question(row: dict[str, Any]) -> dict[str, Any]:
         return row
     if "messages" in row:
         return row | {"messages": row["messages"][:-1]}
-    return {name: value for name, value in row.items() if name != "output"}
+    return {name: value for name, value in row.items() if name not in ("output", "reasoning_content")}
+
+
+def has_thought(row: dict[str, Any]) -> bool:
+    return any("reasoning_content" in part for part in (row, *row.get("messages", ())))
+
+
+def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the thoughts before its answers."""
+    row = {name: value for name, value in row.items() if name != "reasoning_content"}
+    if "messages" in row:
+        row["messages"] = [without_thoughts(message) for message in row["messages"]]
+    return row
+
+
+def mostly_thoughts(rows: list[dict[str, Any]]) -> bool:
+    """Whether more than half of the rows have a thought."""
+    return 2 * sum(map(has_thought, rows)) > len(rows)
 
 
 def expected_answer(row: dict[str, Any]) -> str | None:

@@ -3,26 +3,28 @@
     {"instruction": str, "input": str, "output": str}      and perhaps "system": str, "history": [[question, answer]]
     {"messages": [{"role": ..., "content": ...}]}          or {"conversations": [{"from": ..., "value": ...}]}
 
-Whatever would change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
+An answer may begin with a thought, <think>...</think>, or have it beside it as "reasoning_content". Whatever would
+change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
 """
 
 from typing import Any
+
+from finetuning.preprocessing.templates import split_thought
 
 EXAMPLE = '{"instruction": "翻译为英文", "input": "你好", "output": "Hello"}'
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES |= {"gpt": "assistant"}
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
-FIELDS = ("instruction", "input", "output", "system", "history", "messages", "conversations", "task")
+FIELDS = ("instruction", "input", "output", "reasoning_content", "system", "history", "task")
+FIELDS += ("messages", "conversations")
 
 # Fields that are refused if they hold something, and why.
 PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
 TOOLS = "tool use cannot be trained here; remove these rows"
 MEDIA = "only text can be trained here; remove these rows"
-REASONING = "thoughts outside the answer cannot be trained here; put them into the answer, or remove the field"
 REFUSED = dict.fromkeys(("chosen", "rejected"), PREFERENCE)
 REFUSED |= dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS)
 REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA)
-REFUSED |= {"reasoning_content": REASONING}
 
 # Names that other data sets give to our fields.
 OTHER_NAMES = {"instruction": ("prompt", "question", "query"), "output": ("completion", "answer", "response", "chosen")}
@@ -35,12 +37,14 @@ class RowError(ValueError):
 def read_row(row: Any, output_required: bool) -> dict[str, Any]:
     """Check a row, and put it into one of two forms: `instruction`, `input` and `output`, or `messages`.
 
+    A thought is taken out of its answer and put beside it, as `reasoning_content`.
+
     Args:
         output_required: whether the row must hold an answer: yes for training, no for inference.
 
     Returns:
         The row with all its other fields. `input` is always a str; roles are system, user and assistant; a message
-        may have `weight` 0, and is then not learnt.
+        may have `weight` 0, and is then not learnt. There is a `reasoning_content` only where there is a thought.
 
     Raises:
         RowError: for a row that cannot be used.
@@ -54,8 +58,9 @@ def read_row(row: Any, output_required: bool) -> dict[str, Any]:
     if "messages" in row or "conversations" in row:
         field = "messages" if "messages" in row else "conversations"
         messages = read_messages(row[field], field, row.get("system"), output_required)
-        if row.get("history"):
-            raise RowError(f"has 'history' beside '{field}'; put all turns into '{field}'")
+        for beside in ("history", "reasoning_content"):
+            if row.get(beside):
+                raise RowError(f"has '{beside}' beside '{field}'; put it into '{field}'")
         return {name: value for name, value in row.items() if name not in (field, "system")} | {"messages": messages}
     check_names(row, output_required)
     row = row | {"input": "" if row.get("input") is None else row["input"]}
@@ -68,7 +73,8 @@ def read_row(row: Any, output_required: bool) -> dict[str, Any]:
         check_history(row["history"])
     if not row["instruction"].strip():
         raise RowError("'instruction' is empty; write what the model should do")
-    return row
+    thought = row.pop("reasoning_content", None)
+    return row | read_answer("output", row["output"], thought) if "output" in row else row
 
 
 def refuse_other_meanings(fields: dict[str, Any], where: str) -> None:
@@ -97,6 +103,30 @@ def check_history(history: Any) -> None:
     for turn in history:
         for text in turn:
             check_text(text, "'history'")
+        if len(read_answer("history", turn[1], None)) > 1:
+            raise RowError("'history' has a thought (<think>); write the conversation as 'messages'")
+
+
+def read_answer(field: str, answer: str, thought: Any, where: str = "") -> dict[str, str]:
+    """Separate an answer from its thought.
+
+    Args:
+        field: the answer's name, also in the result.
+        thought: the row's own `reasoning_content`, or None.
+        where: the message that holds the field, for error messages.
+
+    Returns:
+        The answer under the name `field` and, if there is one, the thought as `reasoning_content`.
+    """
+    inside, rest = split_thought(answer)
+    if ("</think>" in answer) != answer.lstrip().startswith("<think>"):
+        raise RowError(f"{where}'{field}': a thought stands before the answer, from <think> to </think>")
+    if thought is not None:
+        check_text(thought, f"{where}'reasoning_content'")
+        if inside and thought.strip():
+            raise RowError(f"{where}has a thought in '{field}' and another in 'reasoning_content'; remove one")
+    inside = inside or (thought or "").strip()
+    return {field: rest} | ({"reasoning_content": inside} if inside else {})
 
 
 def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[dict[str, Any]]:
@@ -138,7 +168,14 @@ def read_message(message: Any, where: str) -> dict[str, Any]:
             check_text(part.get("text"), f"{where}: a part of 'content'")
         content = "".join(part["text"] for part in content)
     check_text(content, f"{where}: 'content'")
-    return {"role": ROLES[role], "content": content} | ({"weight": 0} if message.get("weight") == 0 else {})
+    thought = message.get("reasoning_content")
+    if ROLES[role] == "assistant":
+        content = read_answer("content", content, thought, f"{where}: ")
+    elif thought:
+        raise RowError(f"{where}: 'reasoning_content' belongs to an assistant message")
+    else:
+        content = {"content": content}
+    return {"role": ROLES[role]} | content | ({"weight": 0} if message.get("weight") == 0 else {})
 
 
 def check_text(value: Any, where: str) -> None:

@@ -28,6 +28,12 @@ class DataArguments:
         "chat: the model's own template; plain: Instruction, Input, Output; auto: chat for instruct models, else plain",
         choices=["auto", "chat", "plain"],
     )
+    thinking: str = flag(
+        "auto",
+        "auto: rows with a thought in thinking mode, the others without; the adapter is asked as most rows are; "
+        "on: it is asked to think; off: thoughts are left out",
+        choices=["auto", "on", "off"],
+    )
     overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
     dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
     keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")

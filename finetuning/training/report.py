@@ -7,7 +7,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import say
-from finetuning.preprocessing.prompts import mark_answers, prompt_format
+from finetuning.preprocessing.prompts import mark_answers
+from finetuning.preprocessing.templates import prompt_format
 from finetuning.training.memory import GIB, peak_memory
 
 

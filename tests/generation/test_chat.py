@@ -16,7 +16,7 @@ from support import ENDOFTEXT, IM_END, REPOSITORY, make_model, make_tokenizer, s
 
 from finetuning.generation import chat
 from finetuning.generation.generate import make_generation_config
-from finetuning.preprocessing.prompts import set_prompt_format
+from finetuning.preprocessing.templates import set_prompt_format
 
 
 class Terminal:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ENDOFTEXT, IM_END, make_model, make_tokenizer, save_checkpoint
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from support import ENDOFTEXT, IM_END, force, make_model, make_tokenizer, save_checkpoint
+from transformers import PreTrainedTokenizerBase
 
 from common import load_model
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import AnswerStreamer, generate, make_generation_config
-from finetuning.preprocessing.prompts import encode_messages, set_prompt_format
+from finetuning.preprocessing.prompts import encode_messages
+from finetuning.preprocessing.templates import set_prompt_format
 
 PROMPTS = [[*f"{'ab' * n} c{n}".encode()] for n in range(8)]
 
@@ -20,25 +21,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = make_tokenizer()
     set_prompt_format(tokenizer, "auto")
     return tokenizer
-
-
-class Force(LogitsProcessor):
-    """Makes the model say some tokens in turn."""
-
-    def __init__(self, start: int, tokens: list[int]) -> None:
-        self.start, self.tokens = start, tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:] = -torch.inf
-        scores[:, self.tokens[input_ids.shape[1] - self.start]] = 0
-        return scores
-
-
-def force(model: torch.nn.Module, start: int, tokens: list[int]) -> None:
-    original = model.generate
-    model.generate = lambda **kwargs: original(
-        **kwargs | {"logits_processor": LogitsProcessorList([Force(start, tokens)])}
-    )
 
 
 @pytest.mark.parametrize("stop", [ENDOFTEXT, IM_END])
@@ -99,16 +81,23 @@ TEXTS = ["ok", " Good morning.\nYes", "早安，世界", "\n", "", "Out", "🙂 
 
 @pytest.mark.parametrize("eos", ["<|endoftext|>", "<|im_end|>"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_is_the_answer_in_pieces(text: str, eos: str) -> None:
+def test_a_stream_is_the_answer_in_pieces(text: str, eos: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every character arrives whole and at once, and nothing of the format is shown."""
     tokenizer = make_tokenizer(eos)
     set_prompt_format(tokenizer, "auto")
     model, said = make_model(), (f"\nOutput: {text}" if eos == "<|endoftext|>" else text).encode()
     force(model, 3, [*said, ENDOFTEXT])
     pieces = []
-    streamer = AnswerStreamer(tokenizer, pieces.append)
+
+    class Watched(AnswerStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            pieces.append(capsys.readouterr().out)
+
+    streamer = Watched(tokenizer)
     answer = generate(model, tokenizer, [[1, 2, 3]], make_generation_config(tokenizer, 64), streamer)[0]
-    assert "".join(pieces) == streamer.text == answer.text == text.strip()
+    pieces.append(capsys.readouterr().out)
+    assert "".join(pieces) == streamer.answer == answer.text == text
     assert "\ufffd" not in "".join(pieces)
-    if not text.startswith("\nOutput"):  # held back, because a plain answer may begin so
-        assert len([piece for piece in pieces if piece]) == len("".join(text.split()))  # one byte is one token
+    if not text.startswith("\n"):  # held back, because a plain answer may begin so
+        assert len([piece for piece in pieces if piece]) == len(text)  # one byte is one token

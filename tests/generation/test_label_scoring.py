@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
-from support import ENDOFTEXT, make_model, make_soft, make_tokenizer
+from support import ENDOFTEXT, IM_END, THINKERS, force, make_model, make_soft, make_tokenizer
 
+from finetuning.generation.generate import make_generation_config
 from finetuning.generation.label_scoring import classify_in_batches, encode_label, score_labels
-from finetuning.preprocessing.prompts import encode_messages, set_prompt_format
+from finetuning.preprocessing.prompts import encode_messages, tokenize
+from finetuning.preprocessing.templates import set_prompt_format, set_thinking
 
 LABELS = ["good", "goo", "bad", "neither good nor bad", "好", "好的", "?", "\n\n"]
 QUESTIONS = ["Is it?", "How was the food there, on the whole?", "a", "判断情感"]
@@ -36,8 +38,8 @@ def test_scores_equal_brute_force(model_type: str, soft: bool, eos: str) -> None
     scores = score_labels(model, prompts, labels, ENDOFTEXT)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
-    choices = dict.fromkeys(range(len(prompts)))
-    for numbers, batch in classify_in_batches(model, tokenizer, prompts, [tuple(LABELS)] * len(prompts), 16):
+    choices, config = dict.fromkeys(range(len(prompts))), make_generation_config(tokenizer)
+    for numbers, batch in classify_in_batches(model, tokenizer, prompts, [tuple(LABELS)] * len(prompts), 16, config):
         choices |= dict(zip(numbers, batch, strict=True))
     for number, row in enumerate(expected.softmax(1)):
         assert choices[number]["prediction"] == LABELS[row.argmax()]
@@ -61,3 +63,18 @@ def test_the_prompt_is_read_once() -> None:
     score_labels(model, [prompt], labels, ENDOFTEXT)
     shared = len(os.path.commonprefix(labels))
     assert widths == [(1, len(prompt) + shared), (len(labels), max(map(len, labels)) - shared - 1)]
+
+
+def test_thinking_models_think_first() -> None:
+    """The labels are scored after the model's own thought, and the thought is shown."""
+    tokenizer, model = make_tokenizer("<|im_end|>", THINKERS["switch"]), make_model()
+    set_prompt_format(tokenizer, "auto")
+    set_thinking(tokenizer, True)
+    force(model, 3, [*b"<think>\nhm\n</think>\n\nok", ENDOFTEXT])
+    config = make_generation_config(tokenizer, 64)
+    _, [prediction] = next(classify_in_batches(model, tokenizer, [[1, 2, 3]], [("yes", "no")], 16, config))
+    assert prediction["thought"] == "hm"
+    thought = tokenize("<think>\nhm\n</think>\n\n", tokenizer)
+    expected = [brute_force(model, [1, 2, 3, *thought], encode_label(label, tokenizer)) for label in ("yes", "no")]
+    difference = torch.tensor(expected).softmax(0)[0].item() - prediction["probabilities"]["yes"]
+    assert abs(difference) < 1e-5 and encode_label("yes", tokenizer) == [*b"yes", IM_END]

@@ -8,15 +8,12 @@ from support import CHATML, ENDOFTEXT, IM_END, IM_START, NEWLINES, THINKING, mak
 from common import preprocess_function, to_messages
 from finetuning.preprocessing.prompts import (
     IGNORE_INDEX,
-    PLAIN_TEMPLATE,
-    clean_answer,
     encode_messages,
     mark_answers,
-    prompt_format,
-    set_prompt_format,
     split_turns,
     stop_token_ids,
 )
+from finetuning.preprocessing.templates import PLAIN_TEMPLATE, prompt_format, read_answer, set_prompt_format
 from inference import question
 
 ROW = {"instruction": "Go", "input": "on", "output": "ok"}
@@ -215,7 +212,7 @@ def test_random_text_survives(seed: int = 0) -> None:
         ids = preprocess_function(ROW | {"output": text}, tokenizer, max_length=1000)
         answer = tokenizer.decode([label for label in ids["labels"][:-1] if label != IGNORE_INDEX])
         assert answer == f"\nOutput: {text}"
-        assert clean_answer(answer, tokenizer) == text.strip()
+        assert read_answer(answer, tokenizer) == ("", text)
 
 
 def test_mark_answers_shows_what_is_learnt() -> None:

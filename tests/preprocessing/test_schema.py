@@ -10,13 +10,15 @@ import pytest
 from support import THINKING, make_tokenizer
 
 from common import preprocess
-from finetuning.preprocessing.prompts import IGNORE_INDEX, set_prompt_format
+from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.preprocessing.rows import load_rows
+from finetuning.preprocessing.templates import set_prompt_format
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 OPEN_AI = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 TURNS = [*OPEN_AI, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
 ROW = {"instruction": "a", "output": "b"}
+HM = {"reasoning_content": "hm"}
 SYSTEM = "<|im_start|>system\n{}<|im_end|>\n".format
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
 
@@ -104,7 +106,22 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, OPEN_AI[1]]},
         ["message 1", "image_url", "only text"],
     ),
-    "reasoning": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"reasoning_content": "hm"}]}, ["'reasoning_content'"]),
+    "a thought of the user's": (
+        {"messages": [OPEN_AI[0] | {"reasoning_content": "hm"}, OPEN_AI[1]]},
+        ["message 1: 'reas"],
+    ),
+    "no end of a thought": (ROW | {"output": "<think>hm"}, ["'output': a thought stands", "to </think>"]),
+    "no start of a thought": (ROW | {"output": "hm</think>b"}, ["'output': a thought stands", "from <think>"]),
+    "two thoughts": (ROW | {"output": "<think>hm</think>b", "reasoning_content": "hm"}, ["in 'output' and another"]),
+    "thought in the history": (
+        ROW | {"history": [["a", "<think>hm</think>b"]]},
+        ["'history' has a thought", "'messages'"],
+    ),
+    "thought that is a number": (ROW | {"reasoning_content": 1}, ["'reasoning_content'", "is the number 1"]),
+    "thought beside messages": (
+        {"messages": OPEN_AI, "reasoning_content": "hm"},
+        ["'reasoning_content' beside 'messages'"],
+    ),
     "history and messages": ({"messages": OPEN_AI, "history": [["a", "b"]]}, ["'history' beside 'messages'"]),
     "history of strings": (ROW | {"history": ["a"]}, ["'history' must be a list of [question, answer]"]),
     "two systems": ({"messages": [{"role": "system", "content": "s"}, *OPEN_AI], "system": "t"}, ["only once"]),
