@@ -34,6 +34,7 @@ from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.preprocessing.label_words import labels_by_task, warn_about_labels
 from finetuning.preprocessing.prompts import (
     IGNORE_INDEX,
     choose_thinking,
@@ -55,6 +56,7 @@ from finetuning.training.checkpoints import (
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
+from finetuning.training.hub import create_repository, upload_adapter
 from finetuning.training.memory import memory_advice
 from finetuning.training.report import print_first_row, print_next_command, print_speed
 from finetuning.training.trainer import make_trainer
@@ -65,6 +67,8 @@ def start_run(args: Arguments) -> None:
     allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
     check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
+    if args.training.push_to_hub and args.training.should_save and not args.data.dry_run:
+        create_repository(args.training)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
         )
     except (OSError, ValueError, ImportError) as error:
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
-    check_loaded_weights(model_args.model_path, model, loading_info)
+    check_loaded_weights(model_args.model_path, config, model, loading_info)
     if Path(model_args.model_path).is_dir():  # an adapter names its base model, from whichever folder it is used
         model.name_or_path = str(Path(model_args.model_path).resolve())
     if not quantization(model):
@@ -207,6 +211,7 @@ def train(
     """
     prepare_adapter(model)
     choose_thinking(tokenizer, train_data.rows, args.data.thinking)
+    warn_about_labels(train_data.rows)
     print_first_row(train_data.dataset, tokenizer)
     with memory_advice(args.training, args.model.load_in_4bit, args.data.max_length):
         if args.data.dry_run:
@@ -214,7 +219,9 @@ def train(
             return
         train_and_save(model, tokenizer, train_data, eval_data, args)
     if eval_data and args.data.eval_metrics and args.training.should_save:
-        evaluate(model, tokenizer, eval_data.rows, args.training)
+        evaluate(model, tokenizer, eval_data.rows, labels_by_task(train_data.rows), args.training)
+    if args.training.push_to_hub and args.training.should_save:
+        upload_adapter(args.training)
     print_next_command(args.training.output_dir)
 
 
@@ -257,10 +264,16 @@ def train_and_save(
     print_speed(result.metrics, 1 - resumed_at / result.global_step, train_data.dataset, output_dir)
 
 
-def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, args: TrainingArguments) -> None:
+def evaluate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    labels: dict[str, list[str]],
+    args: TrainingArguments,
+) -> None:
     """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
     batch_size = args.per_device_eval_batch_size
     answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
-    report(rows, predictions.in_order(), Path(args.output_dir, METRICS), data_path=rows.path)
+    report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)

@@ -105,19 +105,24 @@ def main() -> None:
         else:
             predictions = Predictions(args.output_file, describe_settings(model_args, args, rows))
             answer_rows(model, tokenizer, rows, predictions, args.batch_size, config, labels)
-            print_answers(rows, predictions, args)
+            print_answers(rows, predictions, info.get("labels", {}), args)
     except KeyboardInterrupt:
         fail("stopped" + ("; the same command resumes from here" if args.output_file else ""), 130)
 
 
-def print_answers(rows: Rows, predictions: Predictions, args: InferenceArguments) -> None:
-    """Print or write the answered rows, and print how good the answers are."""
+def print_answers(rows: Rows, predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments) -> None:
+    """Print or write the answered rows, and print how good the answers are.
+
+    Args:
+        labels: the label words of each task in the training data.
+    """
     answered = predictions.finish(rows)
     if not args.output_file:
         for row in answered:
             print(json.dumps(question(row), ensure_ascii=False))
     metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
-    report(rows, predictions.in_order(), metrics_file, adapter_path=args.adapter_path, data_path=args.data_path)
+    sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
+    report(rows, predictions.in_order(), labels, metrics_file, **sources)
     if args.output_file:
         say(f"answers are in {args.output_file}, scores in {metrics_file}")
 

@@ -1,5 +1,6 @@
 """inference.py: a saved adapter answers as it was trained, or says why it cannot."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import CHATML, IM_END, REPOSITORY, THINKERS, Force, Run, make_model, make_tokenizer, save_checkpoint
 
 import inference
 import train_lora
+from common import load_model
 from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints
 from finetuning.adapter.folder import load_adapter
 from finetuning.cli.arguments import ModelArguments
@@ -101,6 +104,27 @@ def test_same_base_in_another_dtype_is_accepted() -> None:
     assert all(compare_fingerprints(saved, other) for saved in prints)
 
 
+def test_every_kind_of_matrix_is_compared(tmp_path: Path) -> None:
+    """Trap 10: models with equal embeddings and norms; 4-bit weights are still known."""
+    model = make_model(hidden_size=64, head_dim=16)
+    saved, path = base_fingerprint(model), save_checkpoint(tmp_path / "model", make_tokenizer(), model)
+    for in_4bit in (False, True):
+        loaded = load_model(ModelArguments(path, in_4bit), torch.float32, torch.device("cpu"))
+        assert compare_fingerprints(saved, base_fingerprint(loaded)) is None
+        adapted = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
+        assert compare_fingerprints(saved, base_fingerprint(adapted)) is None
+    for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        other = copy.deepcopy(model)
+        for name, parameter in other.named_parameters():
+            if kind in name and parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        assert compare_fingerprints(saved, base_fingerprint(other)) == f"it has other weights in {kind}"
+    for model_type in ("qwen3_moe", "qwen3_next", "qwen3_5_text"):
+        one, other = (make_model(model_type, seed) for seed in (0, 1))
+        other.model.embed_tokens = one.model.embed_tokens
+        assert "other weights" in compare_fingerprints(base_fingerprint(one), base_fingerprint(other))
+
+
 def test_other_quantisation_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows_path: str, tmp_path: Path
 ) -> None:
@@ -114,7 +138,7 @@ def test_other_quantisation_gives_a_warning(
         assert ("was trained on a base model in 4-bit" in capsys.readouterr().err) == warned
 
 
-def copy(adapter_path: str, folder: Path) -> Path:
+def copy_adapter(adapter_path: str, folder: Path) -> Path:
     folder.mkdir()
     for path in Path(adapter_path).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -123,7 +147,7 @@ def copy(adapter_path: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_incomplete_adapter(run: Run, adapter_path: str, tmp_path: Path, missing: str) -> None:
-    folder = copy(adapter_path, tmp_path / "copy")
+    folder = copy_adapter(adapter_path, tmp_path / "copy")
     (folder / missing).unlink()
     (folder / "adapter_model.bin").write_bytes(b"a pickle, which is never opened")  # trap 42
     message = run("--adapter_path", folder, "--instruction", "a", expected=2)
@@ -132,7 +156,7 @@ def test_incomplete_adapter(run: Run, adapter_path: str, tmp_path: Path, missing
 
 def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:
     """It cannot import code, its template runs in a sandbox, and its base model is not read from pickle."""
-    folder = copy(adapter_path, tmp_path / "copy")
+    folder = copy_adapter(adapter_path, tmp_path / "copy")
     config, info = (
         json.loads((folder / f"adapter_{name}.json").read_text(encoding="utf-8")) for name in ("config", "info")
     )
@@ -163,7 +187,7 @@ def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_pa
 def test_missing_adapter_and_missing_base(run: Run, adapter_path: str, tmp_path: Path) -> None:
     """Traps 35 and 36: no look-up of a mistyped path on the hub."""
     assert "does not exist" in run("--adapter_path", tmp_path / "no", "--instruction", "a", expected=2)
-    folder = copy(adapter_path, tmp_path / "copy")
+    folder = copy_adapter(adapter_path, tmp_path / "copy")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(tmp_path / "moved" / "model")
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -172,7 +196,7 @@ def test_missing_adapter_and_missing_base(run: Run, adapter_path: str, tmp_path:
 
 
 def test_adapter_with_nan_or_of_another_shape(run: Run, adapter_path: str, tmp_path: Path) -> None:
-    folder = copy(adapter_path, tmp_path / "nan")
+    folder = copy_adapter(adapter_path, tmp_path / "nan")
     state = load_file(folder / "adapter_model.safetensors")
     name = next(iter(state))
     save_file(state | {name: state[name] * float("nan")}, folder / "adapter_model.safetensors")

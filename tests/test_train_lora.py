@@ -23,7 +23,7 @@ from common import load_model, load_tokenizer, prepare_adapter, preprocess, trai
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import make_generation_config
-from finetuning.training import attention
+from finetuning.training import attention, hub
 from finetuning.training.collators import PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer
@@ -167,6 +167,8 @@ def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, 
     printed = run(*flags, "--eval_data_path", rows_path, "--eval_strategy", "steps", "--eval_steps", 3)
     assert printed.count("'eval_loss'") == 2
     assert run(*flags, "--output_dir", tmp_path / "two", "--eval_data_path", rows_path).count("'eval_loss'") == 2
+    printed = run(*flags, "--output_dir", tmp_path / "no", "--eval_data_path", rows_path, "--eval_strategy", "no")
+    assert "'eval_loss'" not in printed and "| rows | 12 | " in printed
 
 
 def test_metrics_at_the_end(
@@ -354,7 +356,7 @@ def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], 
         (["--lora_alpha", "16"], "lora_alpha 32, not 16"),
         (["--target_modules", "q_proj,k_proj,o_proj"], "target_modules"),  # trap 40: a segfault without the check
         (["--data_path", "other"], "data_sha256"),
-        (["--model_path", "other"], "base_fingerprint"),
+        (["--model_path", "other"], "another base model: it has the same shape"),
         (["--prompt_format", "chat"], "prompt_format"),
         (["--seed", "1"], "--seed 42, not 1"),  # trap 63
         (["--max_length", "99"], "--max_length 1024, not 99"),
@@ -491,18 +493,34 @@ def test_padding_where_noise_depends_on_length(run: Run, flags: list[str], monke
     assert used
 
 
-def test_push_to_hub_finds_the_checkpoints(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Trainer uploads each checkpoint from the folder where it wrote it."""
-    hub, uploaded = Mock(), []
+def test_push_to_hub(run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 62: the checked adapter is uploaded, once, and nothing else."""
+    calls, uploaded = [], []
 
-    def upload(folder_path: str, **more: Any) -> Mock:
-        uploaded.append({path.name for path in Path(folder_path).iterdir()})
-        return Mock()
+    def create(name: str, **more: Any) -> Mock:
+        calls.append((name, more))
+        return Mock(repo_id=f"me/{name}")
 
-    hub().upload_folder.side_effect = upload
-    monkeypatch.setattr("transformers.trainer.hf_api", hub)
-    run(*flags, "--push_to_hub", True, "--hub_strategy", "all_checkpoints", "--hub_always_push", True)
-    assert any({"adapter_model.safetensors", "optimizer.pt"} <= files for files in uploaded)
+    def upload(repo_id: str, folder_path: str, ignore_patterns: list[str], **more: Any) -> None:
+        uploaded.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), ignore_patterns))
+
+    monkeypatch.setattr(hub, "create_repo", create)
+    monkeypatch.setattr(hub, "upload_folder", upload)
+    flags = [*flags, "--push_to_hub", True, "--hub_token", "t", "--save_steps", 2, "--keep_checkpoints", True]
+    assert "uploaded to me/out" in run(*flags)
+    assert calls == [("out", {"token": "t", "private": None, "exist_ok": True})]
+    files = ["README.md", "adapter_config.json", "adapter_info.json", "adapter_model.safetensors"]
+    files += ["chat_template.jinja", "checkpoint-4", "checkpoint-6"]
+    assert uploaded == [("me/out", files, ["checkpoint-*"])]
+
+    monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=ConnectionError("no route")))
+    message = run(*flags, "--overwrite_output_dir", True, expected=1)
+    assert "no route" in message and f"hf upload me/out {tmp_path / 'out'}" in message
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    monkeypatch.setattr(hub, "create_repo", Mock(side_effect=ValueError("log in first")))
+    message = run(*flags, "--overwrite_output_dir", True, expected=2)  # before anything is loaded
+    assert "log in first" in message and "hf auth login" in message
+    assert "--hub_strategy" in run(*flags, "--hub_strategy", "every_save", expected=2)
 
 
 def test_adapter_that_is_not_finite_is_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,10 +97,15 @@ def explain_loading_error(error: Exception) -> str:
     return first_line(error)
 
 
-def check_loaded_weights(model_path: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+def check_loaded_weights(
+    model_path: str, config: PreTrainedConfig, model: PreTrainedModel, loading_info: dict[str, Any]
+) -> None:
     """Refuse weights that only the model or only the checkpoint has: transformers makes up the missing ones.
 
+    Prints which class the model is of if the checkpoint is of another, and the share of its weights in 4 bits.
+
     Args:
+        config: of the checkpoint.
         loading_info: of `from_pretrained`, without the keys that the model class ignores on purpose.
     """
     kinds = {
@@ -116,6 +121,9 @@ def check_loaded_weights(model_path: str, model: PreTrainedModel, loading_info: 
                 f"--model_path '{model_path}' {meaning}: {', '.join(names[:MOST_NAMES])}{more} ({len(names)} in all).\n"
                 "The checkpoint and its config.json do not belong together, or its files are not all there"
             )
+    whole, loaded = (config.architectures or [""])[0], type(model).__name__
+    if whole.endswith("ForConditionalGeneration"):
+        say(f"of {whole} only the text part is loaded: adapters fit {loaded}, and have no effect on {whole}")
     if quantization(model):
         print_share_in_4bit(model)
 

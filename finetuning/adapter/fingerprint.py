@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -15,12 +17,14 @@ SIZES = (
     "intermediate_size",
     "vocab_size",
 )
+# Two matrices are the same if their samples point the same way: 4-bit weights reach 0.99, unrelated ones rarely 0.5.
+SAME_MATRIX = 0.9
 
 
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """The sizes of a base model, and a sample of the weights that no quantisation changes.
+    """The sizes of a base model, a sample of the weights that no quantisation changes, and one of each kind of matrix.
 
-    The sample holds values, not a hash, because the same checkpoint may be loaded in float16 or in float32.
+    The samples hold values, not a hash, because the same checkpoint may be loaded in float16, in float32 or in 4 bits.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
@@ -29,11 +33,30 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     vectors = torch.cat(
         [p.detach().float().cpu() for name, p in base.named_parameters() if p.ndim == 1 and "lora_" not in name]
     )
+    # the last matrix of each kind, such as q_proj or experts.down_proj
+    matrices = {
+        ".".join([part for part in name.split(".") if part not in ("weight", "base_layer")][-2:]): parameter
+        for name, parameter in base.named_parameters()
+        if parameter.ndim > 1 and "lora_" not in name and "layers." in name
+    }
     return {
         "sizes": {name: getattr(config, name, None) for name in SIZES},
         "dtype": str(embedding.dtype).removeprefix("torch."),
-        "weights": " ".join(f"{value:.7g}" for value in [*sample(embedding), *sample(vectors)]),
+        "weights": write([*sample(embedding), *sample(vectors)]),
+        "matrices": {kind: write(sample(dequantized(matrix))) for kind, matrix in matrices.items()},
     }
+
+
+def dequantized(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return dequantize_4bit(parameter.data, parameter.quant_state) if isinstance(parameter, Params4bit) else parameter
+
+
+def write(values: list[float]) -> str:
+    return " ".join(f"{value:.7g}" for value in values)
+
+
+def read(text: str) -> torch.Tensor:
+    return torch.tensor([float(word) for word in text.split()])
 
 
 def sample(tensor: torch.Tensor, count: int = 64) -> list[float]:
@@ -49,9 +72,13 @@ def compare_fingerprints(saved: dict[str, Any], found: dict[str, Any]) -> str | 
             return f"{name} is {found['sizes'].get(name)}, and was {value}"
     # bfloat16 keeps 8 bits of a number; float16 holds nothing finer than 6e-8
     tolerance = 1e-6 if saved["dtype"] == found["dtype"] else 2**-8
-    values, other = (torch.tensor([float(word) for word in side["weights"].split()]) for side in (saved, found))
+    values, other = read(saved["weights"]), read(found["weights"])
     if values.shape != other.shape or not torch.allclose(other, values, rtol=tolerance, atol=1e-7):
         return "it has the same shape but other weights"
+    for kind, text in saved.get("matrices", {}).items():  # older adapters have none
+        values, other = read(text), read(found["matrices"].get(kind, ""))
+        if values.shape != other.shape or torch.cosine_similarity(values, other, dim=0) < SAME_MATRIX:
+            return f"it has other weights in {kind}"
     return None
 
 

@@ -8,7 +8,6 @@ metrics.json                                      scores on the evaluation rows,
 
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -19,28 +18,22 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints, quantization
 from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 from finetuning.preprocessing.label_words import labels_by_task
 from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.rows import Rows, mostly_thoughts
 from finetuning.preprocessing.templates import prompt_format
 
-WEIGHTS, CONFIG, TEMPLATE, INFO, METRICS = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "chat_template.jinja",
-    "adapter_info.json",
-    "metrics.json",
-)
+CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
-WHOLE_CLASS = "model.language_model."  # prefix of the text layers in a class with vision
 SCRATCH = ".saving"  # prefix of folders still being written
 
 
@@ -56,6 +49,7 @@ def describe_adapter(
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     info = {
         "base_model": model.get_base_model().name_or_path,
+        "model_class": type(model.get_base_model()).__name__,
         "base_fingerprint": base_fingerprint(model),
         "quantization": quantization(model),
         "prompt_format": prompt_format(tokenizer),
@@ -196,22 +190,3 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
     except (ValueError, RuntimeError, KeyError) as error:  # PEFT missed a name, or found one or a shape too many
         fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
     return model.eval()
-
-
-def map_to_text_part(model: PreTrainedModel, config: PeftConfig, adapter_path: str) -> dict[str, str] | None:
-    """Make a LoRA adapter of a whole class with vision, such as Qwen3_5ForConditionalGeneration, fit its text part.
-
-    There the layers are `model.language_model.layers`, here `model.layers`. In `config`, the target modules, which may
-    be a regular expression on the other names, become the modules that the adapter has weights for.
-
-    Returns:
-        Patterns of weight names and what replaces them; None if the adapter needs none.
-    """
-    with safe_open(Path(adapter_path, WEIGHTS), "pt") as weights:
-        names = list(weights.keys())
-    whole = any(WHOLE_CLASS in name for name in names) and not any(WHOLE_CLASS in n for n, _ in model.named_modules())
-    if not whole or config.peft_type != PeftType.LORA:
-        return None
-    modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
-    config.target_modules = {module.replace(WHOLE_CLASS, "model.") for module in modules}
-    return {re.escape(WHOLE_CLASS): "model."}

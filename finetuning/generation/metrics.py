@@ -18,11 +18,18 @@ def missing_scorers() -> list[str]:
     return [name for module, name in (("sacrebleu", "sacrebleu"), ("sklearn", "scikit-learn")) if not find_spec(module)]
 
 
-def report(rows: list[dict[str, Any]], predictions: list[dict[str, Any]], file: Path | None, **head: Any) -> None:
+def report(
+    rows: list[dict[str, Any]],
+    predictions: list[dict[str, Any]],
+    labels: dict[str, list[str]],
+    file: Path | None,
+    **head: Any,
+) -> None:
     """Print how many answers were cut and, for rows with the right answer, the scores.
 
     Args:
         predictions: for each row `prediction`, and `cut` if the answer did not end.
+        labels: the label words of each task in the training data, from `labels_by_task`.
         file: gets the same as JSON.
         head: fields to put first in the file.
     """
@@ -37,46 +44,53 @@ def report(rows: list[dict[str, Any]], predictions: list[dict[str, Any]], file: 
             [rows[number] for number in numbers],
             [predictions[number]["prediction"] for number in numbers],
             [expected_answer(rows[number]) for number in numbers],
+            labels,
         )
         say(format_scores(head["scores"]))
     if file:
         file.write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def score(rows: list[dict[str, Any]], answers: list[str], references: list[str]) -> dict[str, dict[str, Any]]:
+def score(
+    rows: list[dict[str, Any]], answers: list[str], references: list[str], labels: dict[str, list[str]]
+) -> dict[str, dict[str, Any]]:
     """Compare answers with the right ones, ignoring white space around them.
 
     Args:
         rows: may hold `task`, by which they are grouped.
         answers, references: one for each row.
+        labels: the label words of tasks, where they are known; few rows do not show them.
 
     Returns:
-        For each task in order of appearance, and for "all" if there are several: `rows` (a count), `exact_match`
-        (percent), and
+        For each task in order of appearance, and for "all" ("all tasks" if there is a task of that name) if there are
+        several: `rows` (a count), `exact_match` (percent), and
 
         if the references are texts: `bleu` and `chrf` (sacrebleu's corpus BLEU and chrF2, 0 to 100), and
         `bleu_tokenizer`, "zh" if a reference has Chinese characters, else "13a";
 
-        if they are label words (`find_labels`): `accuracy` (percent), `macro_f1` (mean F1 of the labels, percent),
-        `labels`, and `confusion_matrix`: a row for each right label, a column for each answered label, in the order of
-        `labels`, and a last column for any other answer.
+        if they are label words (known ones, or `find_labels`): `accuracy` (percent), `macro_f1` (mean F1 of the labels,
+        percent), `labels`, and `confusion_matrix`: a row for each right label, a column for each answered label, in the
+        order of `labels`, and a last column for any other answer.
     """
     groups = by_task(rows)
+    known = {task: list(dict.fromkeys(map(str.strip, words))) for task, words in labels.items()}
     if len(groups) > 1:
-        groups["all"] = list(range(len(rows)))
+        groups["all tasks" if "all" in groups else "all"] = list(range(len(rows)))
     return {
         task: score_group(
-            [answers[number].strip() for number in numbers], [references[number].strip() for number in numbers]
+            [answers[number].strip() for number in numbers],
+            [references[number].strip() for number in numbers],
+            known.get(task, []),
         )
         for task, numbers in groups.items()
     }
 
 
-def score_group(answers: list[str], references: list[str]) -> dict[str, Any]:
+def score_group(answers: list[str], references: list[str], known_labels: list[str]) -> dict[str, Any]:
     exact_match = 100 * sum(map(str.__eq__, answers, references)) / len(references)
     common = {"rows": len(references), "exact_match": exact_match}
-    labels = find_labels(references)
-    if labels is None:
+    labels = known_labels if set(references) <= set(known_labels) else find_labels(references)
+    if not labels:
         return common | score_texts(answers, references)
     return common | score_label_words(answers, references, labels)
 

@@ -1,13 +1,15 @@
 """Label words: finding them in the answers of a data file, and choosing those that an answer may be."""
 
+import json
 import re
+import unicodedata
 from typing import Any
 
-from finetuning.cli.console import fail
+from finetuning.cli.console import fail, warn
 from finetuning.preprocessing.rows import NO_TASK, by_task, expected_answer
 
 # Answers are label words if there are few of them, they are short, and each comes often.
-MOST_LABELS = 50
+MOST_LABELS = 200
 LONGEST_LABEL = 40  # characters
 ROWS_PER_LABEL = 3
 
@@ -15,7 +17,7 @@ ROWS_PER_LABEL = 3
 def find_labels(answers: list[str]) -> list[str] | None:
     """The label words among a task's answers, in order of appearance; None if the answers are texts."""
     labels = list(dict.fromkeys(answers))
-    few = 2 <= len(labels) <= MOST_LABELS and ROWS_PER_LABEL * len(labels) <= len(answers)
+    few = len(labels) >= 2 and ROWS_PER_LABEL * len(labels) <= len(answers)
     return labels if few and all(0 < len(label) <= LONGEST_LABEL and "\n" not in label for label in labels) else None
 
 
@@ -28,6 +30,40 @@ def labels_by_task(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {task: labels for task, labels in found.items() if labels}
 
 
+def warn_about_labels(rows: list[dict[str, Any]]) -> None:
+    """Name label words that look the same, and tasks with more of them than `--labels auto` knows."""
+    for task, labels in labels_by_task(rows).items():
+        for one, other in look_alikes(labels):
+            warn(f"task '{task}': the answers {one!r} and {other!r} are different label words; is one of them a typo?")
+        if len(labels) > MOST_LABELS:
+            warn(f"task '{task}' has {len(labels)} label words: --labels auto knows at most {MOST_LABELS} of a task")
+
+
+def look_alikes(labels: list[str]) -> list[tuple[str, str]]:
+    """Pairs of labels that differ only in spaces, in capitals or in the width of their characters."""
+    seen: dict[str, str] = {}
+    pairs = []
+    for label in labels:
+        plain = "".join(unicodedata.normalize("NFKC", label).casefold().split())
+        if plain in seen:
+            pairs.append((seen[plain], label))
+        seen.setdefault(plain, label)
+    return pairs
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """The labels in `--labels`: words with commas between, or a JSON list, which can hold any text."""
+    try:
+        labels = json.loads(text) if text.lstrip().startswith("[") else re.split("[,，]", text)
+    except ValueError as error:
+        fail(f"--labels {text}: not a JSON list: {error}")
+    labels = tuple(label.strip() if isinstance(label, str) else "" for label in labels)
+    if len(labels) < 2 or "" in labels or len(set(labels)) < len(labels):
+        example = """正面,负面 or, for words with commas, '["a, b", "c"]'"""
+        fail(f"--labels {text}: name two or more different words: {example}")
+    return labels
+
+
 def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list[str]]) -> list[tuple[str, ...]]:
     """The labels for each row: those given with `--labels` or, with auto, those of its task in the training data.
 
@@ -38,12 +74,13 @@ def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list
         SystemExit: code 2, if there are fewer than two labels, or none are known for a row's task.
     """
     if wanted != "auto":
-        labels = tuple(label.strip() for label in re.split("[,，]", wanted))
-        if len(labels) < 2 or "" in labels or len(set(labels)) < len(labels):
-            fail(f"--labels {wanted}: name two or more different words, with commas between")
-        return [labels] * len(rows)
+        return [parse_labels(wanted)] * len(rows)
     if not known:
-        fail("--labels auto: the adapter names no label words of its training data; name them: --labels 正面,负面")
+        fail(
+            "--labels auto: the adapter knows no label words (short answers that are repeated in its training data);\n"
+            "name the words: --labels 正面,负面"
+        )
+    many = {task: labels for task, labels in known.items() if len(labels) > MOST_LABELS}
     chosen = []
     for number, row in enumerate(rows, 1):
         task = str(row.get("task", NO_TASK))
@@ -54,6 +91,11 @@ def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list
             fail(
                 f"--labels auto: row {number} {its_task} which the training data had no label words;\n"
                 f"add --tasks {','.join(known)}, or name the words: --labels 正面,负面"
+            )
+        if task in many:
+            fail(
+                f"--labels auto: task '{task}' has {len(many[task])} label words in the training data, more than the "
+                f"{MOST_LABELS} that are chosen from;\nname the words: --labels 正面,负面"
             )
         chosen.append(tuple(known[task]))
     return chosen

@@ -1,6 +1,7 @@
 """Callbacks that watch a training run."""
 
 import math
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self.process = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
         if args.world_size == 1:
@@ -36,6 +38,8 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def catch(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a worker of the data loader, which has inherited this handler
+            return
         if self.caught:
             raise KeyboardInterrupt
         self.caught = number

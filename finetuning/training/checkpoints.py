@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetuning.adapter.fingerprint import compare_fingerprints
 from finetuning.adapter.folder import CONFIG, INFO, METRICS, SCRATCH, WEIGHTS
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 
@@ -199,7 +200,10 @@ def find_resume_checkpoint(
         if old != value:
             fail(f"'{folder}' was trained with {name} {old}, not {value}; {remedy}")
     saved_info, info = json.loads((folder / INFO).read_text(encoding="utf-8")), json.loads(adapter_files[INFO])
-    for name in ("base_fingerprint", "quantization", "data_sha256", "prompt_format"):
+    difference = compare_fingerprints(saved_info["base_fingerprint"], info["base_fingerprint"])
+    if difference:
+        fail(f"'{folder}' was trained on another base model: {difference}; {remedy}")
+    for name in ("quantization", "data_sha256", "prompt_format"):
         if saved_info[name] != info[name]:
             fail(f"'{folder}' was trained with another {name}; {remedy}")
     for name, old in saved_info.get("settings", {}).items():

@@ -74,6 +74,8 @@ def parse_arguments(
         save_steps=200,
         dataloader_num_workers=2 if torch.cuda.is_available() else 0,  # batches are made while the GPU works
         save_total_limit=2,
+        eval_strategy=None,  # left out: epoch if there are rows to evaluate on
+        hub_strategy="end",
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
         remove_unused_columns=False,  # the row numbers are for the messages of NotFiniteGuard
         prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
@@ -86,8 +88,8 @@ def parse_arguments(
     flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
     if flags.use_liger_kernel and not (on_cuda and find_spec("liger_kernel")):
         fail("--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out")
-    if flags.eval_data_path and flags.eval_strategy == "no":
-        flags.eval_strategy = "epoch"
+    if flags.eval_strategy is None:
+        flags.eval_strategy = "epoch" if flags.eval_data_path else "no"
     if flags.load_best_model_at_end:
         if not flags.eval_data_path:
             fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
@@ -116,5 +118,7 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
+    if training_args.hub_strategy != "end":
+        fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
     if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")

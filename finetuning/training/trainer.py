@@ -75,6 +75,7 @@ def make_trainer(
         adapter_files: texts to save in each checkpoint, from `describe_adapter`; None if no checkpoint is saved.
     """
     args = copy.copy(training_args)
+    args.push_to_hub = False  # see hub.py
     virtual_tokens = len(model.virtual_tokens) if isinstance(model, SoftPromptModel) else 0
     if can_flatten(model.config) and args.neftune_noise_alpha is None:  # NEFTune's noise depends on a row's length
         collator = FlattenCollator(virtual_tokens)

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import make_model, make_soft
+from support import make_model, make_soft, make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from common import load_model
 from finetuning.adapter.folder import load_adapter, read_adapter
+from finetuning.adapter.whole_class import write_for_whole_class
+from finetuning.cli.arguments import ModelArguments
 
 IDS = torch.tensor([[*b"Instruction: Say sun"]])
 WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +67,7 @@ def whole_class(tmp_path: Path) -> str:
     torch.manual_seed(0)
     model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
     model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(2, 2)}, file, metadata={"format": "pt"})
     return str(tmp_path / "model")
@@ -87,3 +91,24 @@ def test_adapter_of_the_whole_class(whole_class: str, tmp_path: Path, target_mod
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - bare).abs().max() > 0.01
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+
+
+def test_our_adapter_for_the_whole_class(whole_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 56: as it is saved, it has no effect there; written for that class, it has the same effect as here."""
+    arguments = ModelArguments(model_path=whole_class)
+    text_part = load_model(arguments, torch.float32, torch.device("cpu"))
+    assert "of Qwen3_5ForConditionalGeneration only the text part" in capsys.readouterr().out
+    with torch.no_grad():
+        bare = text_part(input_ids=IDS).logits
+    change = save_random_lora(text_part, tmp_path / "adapter", ["q_proj", "v_proj", "in_proj_qkv", "out_proj"]) - bare
+    write_for_whole_class(str(tmp_path / "adapter"), str(tmp_path / "whole"))
+    changes = []
+    for folder in ("adapter", "whole"):
+        whole = Qwen3_5ForConditionalGeneration.from_pretrained(whole_class, dtype=torch.float32).eval()
+        with torch.no_grad():
+            before = whole(input_ids=IDS).logits
+            changes.append(PeftModel.from_pretrained(whole, tmp_path / folder)(input_ids=IDS).logits - before)
+    assert changes[0].abs().max() == 0 and change.abs().max() > 0.01
+    torch.testing.assert_close(changes[1], change, rtol=0, atol=1e-5)
+    names = load_file(tmp_path / "whole" / WEIGHTS)
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)

@@ -30,7 +30,7 @@ def test_texts(answers: list[str], references: list[str], tokenizer: str, tmp_pa
     (tmp_path / "references.txt").write_text("\n".join(references) + "\n", encoding="utf-8")
     words = f"-m sacrebleu references.txt -i answers.txt -m bleu chrf -tok {tokenizer} -w 6 -f json"
     bleu, chrf = json.loads(command(*words.split(), folder=tmp_path))
-    scores = score([{}] * 4, answers, references)["rows"]
+    scores = score([{}] * 4, answers, references, {})["rows"]
     assert scores["bleu_tokenizer"] == tokenizer
     assert scores["bleu"] == pytest.approx(bleu["score"], abs=1e-5)
     assert scores["chrf"] == pytest.approx(chrf["score"], abs=1e-5)
@@ -56,7 +56,7 @@ def test_label_words(other: str, tmp_path: Path) -> None:
     (tmp_path / "answers.txt").write_text("\n".join(answers), encoding="utf-8")
     (tmp_path / "references.txt").write_text("\n".join(references), encoding="utf-8")
     accuracy, macro_f1, matrix = json.loads(command("-c", SKLEARN, folder=tmp_path))
-    scores = score([{}] * 10, answers, references)["rows"]
+    scores = score([{}] * 10, answers, references, {})["rows"]
     assert scores["accuracy"] == scores["exact_match"] == pytest.approx(100 * accuracy)
     assert scores["macro_f1"] == pytest.approx(100 * macro_f1)
     assert [row[:-1] for row in scores["confusion_matrix"]] == matrix
@@ -66,9 +66,22 @@ def test_label_words(other: str, tmp_path: Path) -> None:
 
 def test_by_task() -> None:
     rows = [{"task": "a"}, {"task": "b"}, {"task": "a"}, {"task": ["odd"]}]
-    scores = score(rows, ["x ", "y", "z", "w"], ["x", "n", "z", "w"])
+    scores = score(rows, ["x ", "y", "z", "w"], ["x", "n", "z", "w"], {})
     assert list(scores) == ["a", "b", "['odd']", "all"]
     assert [values["rows"] for values in scores.values()] == [2, 1, 1, 4]
     assert [values["exact_match"] for values in scores.values()] == [100, 0, 100, 75]
     table = format_scores(scores)
     assert "| a | 2 | 100.0% |  | " in table and table.count("\n") == 5
+
+
+def test_a_task_called_all() -> None:
+    """Its scores are not those of the total."""
+    scores = score([{"task": "all"}, {"task": "b"}], ["x", "y"], ["x", "n"], {})
+    assert [scores[name]["exact_match"] for name in ("all", "b", "all tasks")] == [100, 0, 50]
+
+
+def test_few_rows_are_scored_with_the_label_words_of_training() -> None:
+    rows, labels = [{"task": "mood"}] * 2, {"mood": ["good", "bad", "so-so"]}
+    scores = score(rows, ["good", "odd"], ["good", "bad"], labels)["mood"]
+    assert scores["accuracy"] == 50 and scores["labels"] == labels["mood"] and "bleu" not in scores
+    assert "bleu" in score(rows, ["good", "odd"], ["good", "terrible"], labels)["mood"]

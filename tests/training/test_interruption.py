@@ -1,6 +1,8 @@
 """Whatever ends a run, only the work since the last checkpoint is lost (traps 39 and 41)."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import shlex
@@ -59,6 +61,40 @@ def test_a_second_signal_ends_at_once() -> None:
     stop.catch(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         stop.catch(signal.SIGINT, None)
+
+
+def test_workers_of_the_data_loader_stay_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """Trap 75: they inherit the handler, and a terminal sends Ctrl-C to all processes."""
+    stop = StopOnSignal()
+    process = multiprocessing.get_context("fork").Process(target=stop.catch, args=(signal.SIGINT, None))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and capfd.readouterr().out == ""
+    stop.catch(signal.SIGINT, None)
+    assert capfd.readouterr().out.count("stopping after this step") == 1
+
+
+class Windows:
+    """os as it is there: a folder cannot be opened, and only a file opened for writing can be flushed."""
+
+    name = "nt"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: Path, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def fsync(self, descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+
+
+def test_windows(run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 77: checkpoints are written there too."""
+    monkeypatch.setattr(checkpoints, "os", Windows())
+    run_main(train_lora, *flags, "--keep_checkpoints", True)
+    assert [find_broken_part(folder) for folder in find_checkpoints(tmp_path / "out")] == [None, None]
 
 
 def test_an_interrupt_before_training_has_no_traceback() -> None:
