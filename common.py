@@ -37,15 +37,16 @@ from finetuning.generation.predictions import Predictions
 from finetuning.preprocessing.label_words import labels_by_task, warn_about_labels
 from finetuning.preprocessing.prompts import (
     IGNORE_INDEX,
-    choose_thinking,
     encode_messages,
     pad_token_id,
     split_turns,
     stop_token_ids,
     to_messages,
 )
-from finetuning.preprocessing.rows import Rows, has_thought, load_rows, without_thoughts
+from finetuning.preprocessing.rows import Rows, load_rows
+from finetuning.preprocessing.summary import print_summary
 from finetuning.preprocessing.templates import set_prompt_format
+from finetuning.preprocessing.thoughts import choose_mode, keep_or_remove_thoughts
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     RUN_SETTINGS,
@@ -166,9 +167,7 @@ def preprocess(
     if path is None:
         return None
     rows = load_rows(path)
-    thoughts = sum(map(has_thought, rows))
-    if thoughts and thinking == "off":
-        rows[:] = map(without_thoughts, rows)
+    keep_or_remove_thoughts(rows, tokenizer, thinking)
     examples, counts, stop_ids = [], Counter(), stop_token_ids(tokenizer)
     for number, row in enumerate(tqdm(rows, desc=f"tokenizing {path}", leave=False), 1):
         parts = [preprocess_function(part, tokenizer, max_length) for part in split_turns(row, tokenizer)]
@@ -176,19 +175,7 @@ def preprocess(
         examples += [part | {"row_number": number} for part in learnt]
         whole = all(part["input_ids"][-1] in stop_ids for part in parts)
         counts["dropped" if not learnt else "whole" if whole else "cut"] += 1
-    more = f" ({len(examples):,} examples)" if len(examples) > len(rows) else ""
-    say(
-        f"{path}: {len(rows)} rows{more}: {counts['whole']} kept whole, {counts['cut']} cut at {max_length} tokens, "
-        f"{counts['dropped']} dropped (no part of their answer was left)"
-    )
-    if thoughts:
-        use = "left out" if thinking == "off" else "learnt in thinking mode"
-        say(f"{path}: {thoughts} rows have a thought before their answer: {use}")
-    empty = sum(row.get("output") == "" for row in rows)
-    if empty:
-        say(f"{path}: {empty} rows have an empty answer: the model learns to say nothing there")
-    if not examples:
-        fail(f"{path}: no row is left; raise --max_length (now {max_length})")
+    print_summary(rows, counts, len(examples), max_length)
     return Data(rows, Dataset.from_list(examples))
 
 
@@ -210,7 +197,7 @@ def train(
             run cannot be resumed.
     """
     prepare_adapter(model)
-    choose_thinking(tokenizer, train_data.rows, args.data.thinking)
+    choose_mode(tokenizer, train_data.rows, args.data.thinking)
     warn_about_labels(train_data.rows)
     print_first_row(train_data.dataset, tokenizer)
     with memory_advice(args.training, args.model.load_in_4bit, args.data.max_length):

@@ -39,7 +39,9 @@ def find_problem(folder: Path) -> str | None:
     """Why a folder is not a checkpoint that can be loaded, and the remedy; None if nothing is wrong."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            return "is an adapter, not a base model; name its base model here, and the adapter with --adapter_path"
+            return (
+                "is an adapter, not a base model; name its base model here (inference.py --adapter_path takes adapters)"
+            )
         return "has no config.json: it is not a checkpoint that transformers can load"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return f"has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); download those files too"
@@ -124,8 +126,28 @@ def check_loaded_weights(
     whole, loaded = (config.architectures or [""])[0], type(model).__name__
     if whole.endswith("ForConditionalGeneration"):
         say(f"of {whole} only the text part is loaded: adapters fit {loaded}, and have no effect on {whole}")
+    check_fp8_blocks(model_path, config, model)
     if quantization(model):
         print_share_in_4bit(model)
+
+
+def check_fp8_blocks(model_path: str, config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """Refuse FP8 weights with blocks of unequal sizes: transformers 5.23 gives them the scales of other blocks.
+
+    It takes 192 rows with two scales for blocks of 96 rows each, though they are 128 and 64.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if not isinstance(saved, dict) or saved["quant_method"] != "fp8" or not saved.get("weight_block_size"):
+        return
+    left = tuple(saved.get("modules_to_not_convert") or ()) + ("lm_head",)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not any(part in name for part in left):
+            for size, block in zip(module.weight.shape, saved["weight_block_size"], strict=True):
+                if size > block and size % block:
+                    fail(
+                        f"--model_path '{model_path}': {name} cannot be read from FP8: its {size} rows or columns are "
+                        f"no multiple of {block};\nname the same model in 16 bits"
+                    )
 
 
 def print_share_in_4bit(model: PreTrainedModel) -> None:

@@ -28,8 +28,9 @@ from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 from finetuning.preprocessing.label_words import labels_by_task
 from finetuning.preprocessing.prompts import stop_token_ids
-from finetuning.preprocessing.rows import Rows, mostly_thoughts
+from finetuning.preprocessing.rows import Rows
 from finetuning.preprocessing.templates import prompt_format
+from finetuning.preprocessing.thoughts import mostly_thoughts
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
 KINDS = ("LORA", "PROMPT_TUNING")
@@ -123,7 +124,7 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = Path(adapter_path)
     if not folder.is_dir():
         fail(
-            f"adapter folder '{adapter_path}' does not exist; name the --output_dir of a training run,\n"
+            f"adapter folder '{adapter_path}' does not exist; name the folder that a training run has saved,\n"
             "or ask the base model alone with --model_path"
         )
     for name in (CONFIG, WEIGHTS):

@@ -4,17 +4,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.cli.console import fail, say
-from finetuning.preprocessing.rows import Rows, has_thought, mostly_thoughts
 from finetuning.preprocessing.templates import (
     GUARD,
     Message,
     guard,
-    is_thinking,
     prompt_format,
     render_answered,
     render_prompt,
-    set_thinking,
     special_tokens,
     stop_tokens,
 )
@@ -108,20 +104,6 @@ def split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
             return [{"messages": messages[:end]} for end in ends]
         done = prompt + answer
     return [row]
-
-
-def choose_thinking(tokenizer: PreTrainedTokenizerBase, rows: Rows, wanted: str) -> None:
-    """Put the chat template, which is saved with the adapter, into the mode that most rows are in, or that is wanted.
-
-    Args:
-        wanted: `--thinking`: auto, on or off.
-    """
-    some = any(map(has_thought, rows))
-    if wanted == "on" and not some:
-        fail(f"--thinking on: no row of {rows.path} has a thought to learn; leave the flag out")
-    set_thinking(tokenizer, wanted == "on" or mostly_thoughts(rows))
-    if some:
-        say(f"the adapter will be asked to answer {'after' if is_thinking(tokenizer) else 'without'} a thought")
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -67,23 +67,6 @@ def question(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("output", "reasoning_content")}
 
 
-def has_thought(row: dict[str, Any]) -> bool:
-    return any("reasoning_content" in part for part in (row, *row.get("messages", ())))
-
-
-def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the thoughts before its answers."""
-    row = {name: value for name, value in row.items() if name != "reasoning_content"}
-    if "messages" in row:
-        row["messages"] = [without_thoughts(message) for message in row["messages"]]
-    return row
-
-
-def mostly_thoughts(rows: list[dict[str, Any]]) -> bool:
-    """Whether more than half of the rows have a thought."""
-    return 2 * sum(map(has_thought, rows)) > len(rows)
-
-
 def expected_answer(row: dict[str, Any]) -> str | None:
     """The answer in a row: its output, or its last message if that is the assistant's; None without an answer."""
     if "messages" in row:
@@ -121,7 +104,8 @@ def refuse_other_formats(path: str, data: bytes) -> None:
         fail(f"{path}: is a {kind} file; unpack it first: {UNPACK[kind].format(path)}")
     if kind in ("parquet", "excel", "csv", "tsv"):
         reader = "table" if kind == "tsv" else kind
-        fail(f"{path}: is a {kind} file, not JSON; convert it: {PANDAS.format(reader, path)}")
+        name = "an Excel" if kind == "excel" else f"a {kind}"
+        fail(f"{path}: is {name} file, not JSON; convert it: {PANDAS.format(reader, path)}")
 
 
 def decode(path: str, data: bytes) -> str:

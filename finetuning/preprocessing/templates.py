@@ -110,6 +110,12 @@ def opens_thought(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     return render([{"role": "user", "content": "?"}], tokenizer, template, True).endswith(OPENING)
 
 
+def has_modes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's template can ask for a thought, or for none."""
+    template = tokenizer.chat_template
+    return in_mode(tokenizer, template, True) != in_mode(tokenizer, template, False)
+
+
 def is_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's template asks for a thought before the answer."""
     template = tokenizer.chat_template

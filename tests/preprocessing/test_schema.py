@@ -151,10 +151,10 @@ def test_what_is_refused(
 FORMATS = {
     "rows.json.gz": (gzip.compress(b"[]"), ["gzip", "gunzip -k"]),
     "rows.parquet": (b"PAR1...", ["parquet", "read_parquet"]),
-    "rows.xlsx": (b"PK\x03\x04...", ["excel", "read_excel"]),
+    "rows.xlsx": (b"PK\x03\x04...", ["an Excel file", "read_excel"]),
     "rows.csv": (b"instruction,output\na,b\n", ["csv", "read_csv"]),
     "rows.tsv": (b"instruction\toutput\na\tb\n", ["tsv", "read_table"]),
-    "rows.zst": (b"(\xb5/\xfd...", ["zstd", "zstd -d"]),
+    "rows.jsonl.zst": (b"(\xb5/\xfd...", ["zstd", "zstd -d"]),
 }
 
 

@@ -7,9 +7,10 @@ import pytest
 from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer
 
 from common import preprocess, preprocess_function
-from finetuning.preprocessing.prompts import IGNORE_INDEX, choose_thinking, encode_messages, split_turns
+from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, split_turns
 from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.templates import is_thinking, read_answer, set_prompt_format, set_thinking, split_thought
+from finetuning.preprocessing.thoughts import choose_mode
 
 THOUGHT = {"instruction": "Go", "output": " ok\n\n", "reasoning_content": "hm\n\nhm"}
 PLAIN = {"instruction": "Go", "output": " ok\n\n"}
@@ -127,7 +128,7 @@ def test_most_rows_choose_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture
     for wanted, rows, thinking in [("auto", 4, False), ("auto", 3, True), ("on", 4, True), ("off", 4, False)]:
         chosen = load_rows(path)
         del chosen[rows:]
-        choose_thinking(tokenizer, chosen if wanted != "off" else chosen[2:], wanted)
+        choose_mode(tokenizer, chosen if wanted != "off" else chosen[2:], wanted)
         assert is_thinking(tokenizer) == thinking
 
 
@@ -138,5 +139,5 @@ def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.Capture
     assert "2 rows have a thought before their answer: left out" in capsys.readouterr().out
     assert all("hm" not in tokenizer.decode(row["input_ids"]) for row in data.dataset) and len(data.dataset) == 2
     with pytest.raises(SystemExit):
-        choose_thinking(tokenizer, data.rows, "on")
+        choose_mode(tokenizer, data.rows, "on")
     assert "--thinking on: no row of" in capsys.readouterr().err
