@@ -32,7 +32,7 @@ def test_batch_equals_rows_alone_in_peft(model_type: str, mode: str) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     gradient = reference.prompt_encoder["default"].embedding.weight.grad
-    torch.testing.assert_close(model.prompt.grad, gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.prompt.grad, gradient, rtol=1e-4, atol=1e-5)
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         padded = reference(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
