@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from finetuning.training.collators import needs_no_mask
+from finetuning.training.collators import layer_types, needs_no_mask
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -63,6 +64,14 @@ def torch_has_varlen() -> bool:
     if varlen_attn is None or not torch.backends.cuda.is_flash_attention_available():
         return False
     return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def missing_packages(config: PreTrainedConfig) -> list[str]:
+    """What to install for fast linear attention (hybrid Qwens): transformers uses these packages if they are there."""
+    packages = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+    return [
+        name for module, name in packages.items() if "linear_attention" in layer_types(config) and not find_spec(module)
+    ]
 
 
 def attend_varlen(

@@ -9,9 +9,9 @@ import torch
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 
 LOGITS_MEMORY = 2**27  # bytes of float32 logits in memory at once: 128 MiB, 220 tokens of Qwen's vocabulary
-# The gradient of the logits is scaled before it becomes half precision: most probabilities of 152k are below float16's
-# smallest number, 6e-8. A power of two changes no digit, and float16 has room for weights of lm_head up to 8.
-GRADIENT_SCALE = 4096.0
+# The gradient is scaled before it becomes half precision: most of 152k probabilities are below float16's smallest
+# number, 6e-8. A power of two changes no digit, and float16 has room for it unless lm_head has weights above 8.
+GRADIENT_SCALE = 2048.0
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -40,6 +40,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets = targets.clamp(min=0).unsqueeze(1)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # only the divisor's digits count here, its power of two in `backward`: so the gradient is rounded only once
+        digits, exponent = torch.frexp(divisor.float())  # 0.5 <= digits < 1
         tokens = max(1, LOGITS_MEMORY // (4 * len(weight)))
         for start in range(0, len(hidden), tokens):
             part = slice(start, start + tokens)
@@ -50,17 +52,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             sums = logits.sum(dim=1, keepdim=True)
             total += ((sums.log() + largest - of_targets) * counted[part]).sum()
             if gradient is not None:
-                scale = GRADIENT_SCALE * counted[part]
+                scale = GRADIENT_SCALE / digits * counted[part]
                 logits.mul_(scale / sums).scatter_add_(1, targets[part], -scale)  # their gradient
                 gradient[part] = logits.to(weight.dtype) @ weight
             del logits  # before the next chunk is made
-        ctx.save_for_backward(gradient, divisor)
+        ctx.save_for_backward(gradient, exponent)
         return total / divisor
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        gradient, divisor = ctx.saved_tensors
-        return (gradient.float() * (scale / divisor / GRADIENT_SCALE)).to(gradient.dtype), None, None, None
+        gradient, exponent = ctx.saved_tensors
+        return (gradient.float() * torch.ldexp(scale / GRADIENT_SCALE, -exponent)).to(gradient.dtype), None, None, None
 
 
 class ChunkedLoss:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import say
-from finetuning.training.attention import KERNELS, attention, choose_attention, torch_has_varlen
+from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
@@ -97,6 +97,9 @@ def make_trainer(
     flattened = isinstance(collator, FlattenCollator)
     kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16, torch_has_varlen())
     say(f"batches: {'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
+    missing = missing_packages(model.config)
+    if capability and missing:
+        say(f"linear attention takes its slow path; for the fast kernels: pip install {' '.join(missing)}")
     return FineTuningTrainer(
         model,
         args,
