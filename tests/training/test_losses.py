@@ -134,7 +134,7 @@ def test_the_librarys_own_loss_is_less_exact() -> None:
     ours = error(lambda hidden: ChunkedCrossEntropy.apply(hidden, weight, targets, torch.tensor(128)))
     options = LinearCrossEntropyOptions(batch_chunk_size=64, acc_dtype=torch.float32)
     library = error(lambda hidden: linear_cross_entropy(hidden, weight, targets, options=options).float())
-    assert ours < 2 * stock and library > 4 * stock, (stock, ours, library)
+    assert ours < stock and library > 4 * stock, (stock, ours, library)
 
 
 def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
