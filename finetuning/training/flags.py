@@ -94,7 +94,7 @@ def parse_arguments(
             fail(
                 "--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out"
             )
-        flags.liger_kernel_config = flags.liger_kernel_config or LIGER_KERNELS
+        flags.liger_kernel_config = LIGER_KERNELS
     if flags.eval_data_path and flags.eval_strategy == "no":
         flags.eval_strategy = "epoch"
     if flags.load_best_model_at_end:

@@ -90,6 +90,22 @@ def test_kernels_train_the_same(model_type: str, method: str, kernel: str, monke
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kernel", "heads"), [("rows", 2), ("repeated_rows", 4)])
+def test_repeated_keys_are_not_shared(kernel: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 79: below compute capability 8.0, `enable_gqa` has no fused kernel."""
+    sdpa, seen = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watch(*states: torch.Tensor, enable_gqa: bool, **more: object) -> torch.Tensor:
+        seen.add((*(part.shape[1] for part in states), enable_gqa))
+        return sdpa(*states, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    model = make_model()
+    with attention(model, kernel):
+        model(**FlattenCollator()(make_rows()))
+    assert seen == {(4, heads, heads, heads == 2)}
+
+
 @pytest.mark.parametrize("base_dtype", [torch.float16, torch.float32])
 def test_varlen_gets_one_half_precision_dtype(base_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast a float32 base rotates query and key in float32, which the kernel refuses (as `reference`)."""
