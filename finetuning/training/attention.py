@@ -17,10 +17,10 @@ except ImportError:  # before PyTorch 2.10
 
 STOCK = "sdpa"  # what transformers chooses for every Qwen
 KERNELS = {  # what the run prints
-    "varlen": "all rows of a batch in one kernel (varlen_attn)",
-    "rows": "row by row (SDPA)",
-    "repeated_rows": "row by row (SDPA), with keys and values repeated for each head",
-    STOCK: "transformers' own (SDPA)",
+    "varlen": "varlen_attn, all rows at once",
+    "rows": "SDPA without a mask",
+    "repeated_rows": "SDPA without a mask, keys and values repeated",
+    STOCK: "SDPA as transformers calls it",
 }
 
 
@@ -33,14 +33,14 @@ def choose_attention(
 ) -> str:
     """Which of the KERNELS trains: the first line that fits.
 
-    | model                | device                    | precision | batches   | PyTorch         | kernel        |
-    |----------------------|---------------------------|-----------|-----------|-----------------|---------------|
-    | with sliding windows | any                       | any       | any       | any             | sdpa (STOCK)  |
-    | other                | none or not CUDA          | any       | any       | any             | rows          |
-    | other                | CUDA, capability below 8.0| any       | any       | any             | repeated_rows |
-    | other                | CUDA                      | float32   | any       | any             | repeated_rows |
-    | without dropout      | CUDA                      | half      | flattened | has varlen_attn | varlen        |
-    | other                | CUDA                      | half      | any       | any             | rows          |
+    | model                        | device           | precision | batches   | PyTorch         | kernel        |
+    |------------------------------|------------------|-----------|-----------|-----------------|---------------|
+    | sliding windows, or unknown  | any              | any       | any       | any             | STOCK         |
+    | other                        | not CUDA         | any       | any       | any             | rows          |
+    | other                        | CUDA, before 8.0 | any       | any       | any             | repeated_rows |
+    | other                        | CUDA             | float32   | any       | any             | repeated_rows |
+    | without dropout in attention | CUDA             | half      | flattened | has varlen_attn | varlen        |
+    | other                        | CUDA             | half      | any       | any             | rows          |
 
     Keys and values are repeated where only kernels that want as many key heads as query heads are fused: with fewer,
     PyTorch takes its slowest way there, in float32 and with T x T scores in memory.

@@ -19,7 +19,7 @@ from finetuning.training import checkpoints, flags
 from finetuning.training import trainer as trainer_module
 from finetuning.training.flags import Arguments, parse_arguments
 
-VARLEN, ROWS, REPEATED = "all rows of a batch in one kernel", "row by row (SDPA)\n", "keys and values repeated"
+VARLEN, ROWS, REPEATED = "varlen_attn, all rows at once", "SDPA without a mask\n", "keys and values repeated"
 
 
 @pytest.fixture(autouse=True)
