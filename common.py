@@ -96,6 +96,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
         device: of the weights; a GPU gets them straight from the file.
     """
     check_model_path(model_args.model_path)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
     try:
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
         model, loading_info = AutoModelForCausalLM.from_pretrained(

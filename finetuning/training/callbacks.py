@@ -11,8 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetuning.cli.console import fail, resume_command, say
 
-# With fp16 the first gradients overflow until the loss scale has come down. That is normal, but not this many times.
-FP16_OVERFLOWS = 5
+# With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
+# they still do at a scale of 1, the gradients themselves are too large.
+SMALLEST_LOSS_SCALE = 1
 MOST_ROWS = 16  # named in a message
 
 
@@ -61,10 +62,13 @@ class NotFiniteGuard(TrainerCallback):
 
     Losses stay on their device until the next log, so that no step has to wait for the GPU. A checkpoint is written
     only after a log of the same step, so every checkpoint is a good one.
+
+    Args:
+        scaler: of the loss; None without fp16, and with DeepSpeed, which has a smallest scale of its own.
     """
 
-    def __init__(self) -> None:
-        self.overflows = 0  # logs in a row
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.scaler = scaler
         self.step = 1  # the step in progress
         self.forwards: list[tuple[int, list[int], torch.Tensor]] = []  # step, row numbers, loss
 
@@ -85,11 +89,10 @@ class NotFiniteGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any
     ) -> None:
         values = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm") if name in logs}
-        self.overflows = 0 if math.isfinite(values.get("grad_norm", 0.0)) else self.overflows + 1
-        if args.fp16 and self.overflows < FP16_OVERFLOWS:
-            values.pop("grad_norm", None)
         for name, value in values.items():
             if not math.isfinite(value):
+                if name == "grad_norm" and args.fp16 and not self.scale_is_small():
+                    continue
                 advice = "--bf16 True, or a lower --learning_rate" if args.fp16 else "a lower --learning_rate"
                 fail(
                     f"{self.find_source(state.global_step)}: {name} is {value}: training stops and saves no "
@@ -98,6 +101,10 @@ class NotFiniteGuard(TrainerCallback):
                 )
         if "loss" in logs:
             self.forwards.clear()
+
+    def scale_is_small(self) -> bool:
+        """Whether the loss scale, halved after the overflow, was 1 or less. Reading it waits for the GPU."""
+        return self.scaler is not None and self.scaler.get_scale() < SMALLEST_LOSS_SCALE
 
     def find_source(self, last_step: int) -> str:
         """The step and the rows of the first loss that is not finite; those of the last step if all losses are."""

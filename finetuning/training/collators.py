@@ -6,6 +6,7 @@ every key of the batch to the model's forward.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,12 +18,22 @@ from finetuning.preprocessing.prompts import IGNORE_INDEX
 # Families in which every layer is full attention, so that nothing passes from row to row unless the mask allows it.
 # The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
 FULL_ATTENTION_FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def can_flatten(config: PreTrainedConfig) -> bool:
     """Whether rows may be laid end to end in one sequence: the model has full attention in every layer."""
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    return config.model_type in FULL_ATTENTION_FAMILIES and set(layer_types) == {"full_attention"}
+    return config.model_type in FULL_ATTENTION_FAMILIES and layer_types(config) == {"full_attention"}
+
+
+def needs_no_mask(config: PreTrainedConfig) -> bool:
+    """Whether plain causal attention is right for the batches of both collators: there are no sliding windows."""
+    known = config.model_type in FULL_ATTENTION_FAMILIES + HYBRID_FAMILIES
+    return known and layer_types(config) <= {"full_attention", "linear_attention"}
+
+
+def layer_types(config: PreTrainedConfig) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ["full_attention"])
 
 
 @dataclass
@@ -35,8 +46,9 @@ class FlattenCollator:
     Args:
         num_virtual_tokens: VIRTUAL_TOKEN ids to put in front of each row.
 
-    Returns, for T tokens: `input_ids` and `position_ids` (1, T), `row_lengths` (for attention.py), `row_numbers` (for
-    NotFiniteGuard), and what `supervised_only` adds.
+    Returns, for T tokens: `input_ids` and `position_ids` (1, T), `row_numbers` (for NotFiniteGuard), what
+    `supervised_only` adds, and for attention.py, made once and not in each layer: the B `row_lengths`, `longest_row`,
+    and `cu_seq_lens` (B + 1), where rows begin and end, in int32.
     """
 
     num_virtual_tokens: int = 0
@@ -47,10 +59,13 @@ class FlattenCollator:
         position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
         # The last token of the row before would predict a row's first label: it is not supervised.
         labels = torch.tensor([[label for row in rows for label in [IGNORE_INDEX, *row["labels"][1:]]]])
+        row_lengths = [len(row["input_ids"]) for row in rows]
         return {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "row_lengths": [len(row["input_ids"]) for row in rows],
+            "row_lengths": row_lengths,
+            "cu_seq_lens": torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32),
+            "longest_row": max(row_lengths),
             "use_cache": False,
             **name_rows(rows),
             **supervised_only(labels),
@@ -61,7 +76,11 @@ class FlattenCollator:
 class PadCollator:
     """Pads the rows of a batch on the right to the longest, for models that cannot take flattened rows.
 
-    Returns, for B rows of at most L tokens: `input_ids` and `attention_mask` (B, L), `row_numbers`, and what
+    There is no `attention_mask`: attention and recurrent states are causal, so nothing passes from the padding, which
+    comes last, to the row before it. A mask would rule out the fastest kernels, and transformers reads it, which waits
+    for the GPU.
+
+    Returns, for B rows of at most L tokens: `input_ids` and `position_ids` (B, L), `row_numbers`, and what
     `supervised_only` adds.
     """
 
@@ -77,7 +96,7 @@ class PadCollator:
 
         return {
             "input_ids": pad("input_ids", self.pad_token_id),
-            "attention_mask": pad("attention_mask", 0),
+            "position_ids": torch.arange(length).expand(len(rows), -1).contiguous(),
             "use_cache": False,
             **name_rows(rows),
             **supervised_only(pad("labels", IGNORE_INDEX)),

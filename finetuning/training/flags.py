@@ -1,5 +1,7 @@
 """The flags of the training scripts, checked before anything is loaded."""
 
+import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -9,6 +11,9 @@ from transformers import TrainingArguments
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
 from finetuning.cli.console import fail, say
+
+# Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
+LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 @dataclass
@@ -65,6 +70,7 @@ def parse_arguments(
     Raises:
         SystemExit: code 2, for a flag or value that cannot be used.
     """
+    allow_expandable_segments()
     parser = ScriptParser((ModelArguments, DataArguments, method_arguments, TrainingArguments), description)
     parser.set_defaults(
         fp16=True,
@@ -83,11 +89,20 @@ def parse_arguments(
     )
     flags = parser.parse_flags(argv)
     on_cuda = torch.cuda.is_available() and not flags.use_cpu
+    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if flags.bf16 and on_cuda and not has_bf16:
+        fail("--bf16 True: this GPU has no bfloat16 (Ampere and later have); leave it out, and train in float16")
     flags.bf16 = flags.bf16 and on_cuda
     flags.fp16 = flags.fp16 and on_cuda and not flags.bf16
     flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
-    if flags.use_liger_kernel and not (on_cuda and find_spec("liger_kernel")):
-        fail("--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out")
+    if flags.dataloader_pin_memory and flags.accelerator_config is None:
+        flags.accelerator_config = {"non_blocking": True}  # a batch is copied to the GPU while it works
+    if flags.use_liger_kernel:
+        if not (on_cuda and find_spec("liger_kernel")):
+            fail(
+                "--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out"
+            )
+        flags.liger_kernel_config = LIGER_KERNELS
     if flags.eval_strategy is None:
         flags.eval_strategy = "epoch" if flags.eval_data_path else "no"
     if flags.load_best_model_at_end:
@@ -101,11 +116,32 @@ def parse_arguments(
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
         say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
-    if not on_cuda:
-        say("no GPU: training in float32 (half precision is many times slower on a CPU)")
-    elif flags.fp16 and torch.cuda.is_bf16_supported():
-        say("training in float16; --bf16 True is safer for Qwen, and this GPU supports it")
+    say(describe_precision(args.training, has_bf16))
     return args
+
+
+def allow_expandable_segments() -> None:
+    """Let CUDA's allocator grow its segments, so that rows of many lengths leave few gaps, unless the user set it up.
+
+    PyTorch reads the variable when it first allocates. On Windows it has no such segments.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform != "win32" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
+    """Where the run trains, in which precision, and which would be better."""
+    device = training_args.device.type
+    if device == "cpu":
+        why = "on the CPU, as --use_cpu says" if torch.accelerator.is_available() else "no GPU"
+        return f"{why}: training in float32 (half precision is many times slower on a CPU)"
+    if device != "cuda":
+        return f"training on {'the GPU of this Mac' if device == 'mps' else device}, in float32"
+    if training_args.fp16:
+        advice = "; --bf16 True is safer for Qwen, and this GPU supports it" if has_bf16 else ""
+        return f"training in float16{advice}"
+    return f"training in {'bfloat16' if training_args.bf16 else 'float32'}"
 
 
 def check_combinations(data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -116,6 +152,11 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
             fail(f"--report_to {name} needs the package of that name: pip install {name}, or leave the flag out")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
+    checkpointing = training_args.gradient_checkpointing_kwargs or {}
+    if checkpointing and not training_args.gradient_checkpointing:
+        fail("--activation_checkpointing_kwargs says how to checkpoint: add --gradient_checkpointing True")
+    if checkpointing.get("offload") and training_args.device.type != "cuda":
+        fail("--activation_checkpointing_kwargs: offload moves activations from a GPU to main memory, and needs a GPU")
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
     if training_args.hub_strategy != "end":

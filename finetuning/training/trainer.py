@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.training.attention import row_attention
+from finetuning.cli.console import say
+from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
@@ -21,17 +23,21 @@ from finetuning.training.losses import ChunkedLoss
 class FineTuningTrainer(Trainer):
     """The stock Trainer with three additions, all in public methods.
 
-    The loss is computed in chunks from the hidden states; attention on flattened batches goes row by row; a loss that
-    is not finite is reported with the rows it came from.
+    The loss is computed in chunks from the hidden states; attention needs no mask; a loss that is not finite is
+    reported with the rows it came from.
+
+    Args:
+        kernel: of attention, from `choose_attention`.
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel, args: TrainingArguments, kernel: str, **kwargs: Any) -> None:
+        self.kernel = kernel
         self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
         head = self.base_model.get_output_embeddings()
         # in full fine-tuning lm_head is trained too, and the stock loss is used
         self.chunked_loss = None if head.weight.requires_grad else ChunkedLoss(head)
         super().__init__(model, args, compute_loss_func=self.chunked_loss, **kwargs)
-        self.not_finite_guard = NotFiniteGuard()
+        self.not_finite_guard = NotFiniteGuard(self.accelerator.scaler)
         self.add_callback(self.not_finite_guard)
 
     def compute_loss(
@@ -50,9 +56,11 @@ class FineTuningTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        flattened = isinstance(self.data_collator, FlattenCollator)
+        autocast = self.args.fp16 or self.args.bf16
+        # PEFT casts the input of each LoRA layer to the adapter's float32, and autocast casts it back
+        plain_inputs = disable_input_dtype_casting(self.base_model, active=autocast)
         try:
-            with row_attention(self.base_model) if flattened else nullcontext():
+            with attention(self.base_model, self.kernel), plain_inputs:
                 return super().train(*args, **kwargs)
         except Exception as error:
             explain_failed_write(error, self.args.output_dir, self.state.global_step)
@@ -86,9 +94,17 @@ def make_trainer(
     if adapter_files:
         callbacks += (CheckpointWriter(adapter_files, args.save_total_limit),)
         args.save_total_limit = None  # or the Trainer would remove an old checkpoint before the new one is whole
+    capability = torch.cuda.get_device_capability(args.device) if args.device.type == "cuda" else None
+    flattened = isinstance(collator, FlattenCollator)
+    kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16, torch_has_varlen())
+    say(f"batches: {'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
+    missing = missing_packages(model.config)
+    if capability and missing:
+        say(f"linear attention takes its slow path; for the fast kernels: pip install {' '.join(missing)}")
     return FineTuningTrainer(
         model,
         args,
+        kernel,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,

@@ -16,10 +16,12 @@ def test_flattened_batch_literally() -> None:
     ]
     batch = FlattenCollator()(rows)
     assert batch.pop("use_cache") is False
-    assert batch.pop("row_lengths") == [3, 2]
+    assert batch.pop("row_lengths") == [3, 2] and batch.pop("longest_row") == 3
+    assert batch["cu_seq_lens"].dtype == torch.int32  # as the kernel wants it
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4, 5]],
         "position_ids": [[0, 1, 2, 0, 1]],
+        "cu_seq_lens": [0, 3, 5],
         "logits_to_keep": [0, 1, 3],  # token 3 does not predict token 4 of the next row
         "labels": [[2, 3, 5]],
         "shift_labels": [[2, 3, 5]],
@@ -35,7 +37,7 @@ def test_padded_batch_literally() -> None:
     assert batch.pop("use_cache") is False
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 5, 9]],
-        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "position_ids": [[0, 1, 2], [0, 1, 2]],
         "logits_to_keep": [0, 1],
         "labels": [[IGNORE_INDEX, 3], [5, IGNORE_INDEX]],
         "shift_labels": [[IGNORE_INDEX, 3], [5, IGNORE_INDEX]],

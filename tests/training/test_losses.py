@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.training import losses
-from finetuning.training.attention import row_attention
+from finetuning.training.attention import attention as attention_context
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 from finetuning.training.losses import ChunkedCrossEntropy, ChunkedLoss
 
 
 def attention(model: torch.nn.Module) -> AbstractContextManager:
     """As during `FineTuningTrainer.train`; a backward pass with checkpointing needs it too."""
-    return row_attention(model) if can_flatten(model.config) else nullcontext()
+    return attention_context(model, "rows")
 
 
 def fast_loss(model: torch.nn.Module, batch: dict[str, Any], items: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_the_librarys_own_loss_is_less_exact() -> None:
     ours = error(lambda hidden: ChunkedCrossEntropy.apply(hidden, weight, targets, torch.tensor(128)))
     options = LinearCrossEntropyOptions(batch_chunk_size=64, acc_dtype=torch.float32)
     library = error(lambda hidden: linear_cross_entropy(hidden, weight, targets, options=options).float())
-    assert ours < 2 * stock and library > 4 * stock, (stock, ours, library)
+    assert ours < stock and library > 4 * stock, (stock, ours, library)
 
 
 def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
