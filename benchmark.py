@@ -28,9 +28,9 @@ from finetuning.benchmarking.shapes import SHAPES, make_random_checkpoint, rando
 from finetuning.benchmarking.table import ALL, BASELINES, METHODS, Method, check_losses, save_results
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
 from finetuning.cli.console import fail, say, warn
+from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.prompts import pad_token_id
 from finetuning.training.flags import Arguments, parse_arguments
-from finetuning.training.memory import GIB, peak_memory
 from finetuning.training.trainer import make_trainer
 from train_lora import LoraArguments, build_lora_config
 from train_prompt_tuning import PromptTuningArguments, add_soft_prompt
@@ -110,7 +110,7 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
         "precision": "nf4" if method.load_in_4bit else str(training_dtype(run.training)).removeprefix("torch."),
         "trainable": trainable,
         "trainable_percent": 100 * trainable / (products["parameters"] + adapter),
-        "peak_gib": peak_memory() / GIB,
+        "peak_gib": peak_reserved(run.training.device) / GIB,
         "steps": args.steps,
         "tokens": tokens,
         "supervised_tokens": supervised,
