@@ -93,6 +93,7 @@ MUTANTS = [
     Mutant("inference.py", "with memory_advice(model.device, memory_flags(model_args, args)):", "if True:", "test_out_of_memory answering"),
     Mutant("inference.py", 'with memory_advice(device, [] if model_args.load_in_4bit else ["--load_in_4bit True"], "while loading the adapter"):', "if True:", "test_out_of_memory loading_the_adapter"),
     Mutant("finetuning/generation/flags.py", "and args.instruction is None and not args.interactive", "", "test_out_of_memory answering"),
+    Mutant("benchmark.py", "with memory_advice(device, memory_flags(args)):", "if True:", "test_out_of_memory benchmark"),
     # the dry run
     Mutant("finetuning/training/dry_run.py", "if fitted and step.peak() <= total - others:", "if fitted and step.peak() <= total:", "test_dry_run others_hold"),
     Mutant("finetuning/training/dry_run.py", "if fitted and step.peak() <= total - others:", "if step.peak() <= total - others:", "test_dry_run runs_out_in"),
@@ -159,7 +160,18 @@ MUTANTS = [
     Mutant("finetuning/generation/predictions.py", "self.file.truncate(len(whole))", "pass", "test_inference goes_on"),
     Mutant("finetuning/generation/predictions.py", 'if head["settings"].get(name) != value:', "if False:", "test_inference goes_on"),
     Mutant("finetuning/generation/metrics.py", "answer if answer in labels else OTHER", "answer", "test_metrics label_words"),
+    # the benchmark
     Mutant("finetuning/benchmarking/table.py", "if not difference <= tolerance:", "if difference > 99:", "test_benchmark compared"),
+    Mutant("finetuning/benchmarking/table.py", "            count = count or HALF_PRECISION_STEPS\n", "            pass\n", "test_benchmark compared"),
+    Mutant("finetuning/benchmarking/table.py", 'if tolerance > LARGEST_DIFFERENCE["float32"]:', "if True:", "test_benchmark compared"),
+    Mutant("finetuning/benchmarking/table.py", "MARKS.sub(lambda _: f\"\\n{text}\\n\", before)", "MARKS.sub(f\"\\n{text}\\n\", before)", "test_benchmark report"),
+    Mutant("benchmark.py", "        check_marks(file)\n", "        pass\n", "test_benchmark report"),
+    Mutant("benchmark.py", "            save_results(args.output_dir, run, results, failures)\n", "        save_results(args.output_dir, run, results, failures)\n", "test_benchmark kept"),
+    Mutant("finetuning/benchmarking/child.py", "    if returncode < 0:\n", "    if False:\n", "test_benchmark reason"),
+    Mutant("finetuning/benchmarking/child.py", "    if messages:\n", "    if False:\n", "test_benchmark reason"),
+    Mutant("finetuning/benchmarking/child.py", "return exceptions[0] if exceptions else", "return lines[-1] if exceptions else", "test_benchmark reason"),
+    Mutant("finetuning/benchmarking/shapes.py", "    torch.manual_seed(0)\n", "", "test_benchmark class"),
+    Mutant("finetuning/benchmarking/shapes.py", "        files |= dict.fromkeys(weights, file)\n", "        files |= dict.fromkeys(weights, file)\n        globals().setdefault('held', []).append(weights)\n", "test_benchmark need_the_memory"),
 ]  # fmt: skip
 
 

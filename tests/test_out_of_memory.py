@@ -12,9 +12,11 @@ import pytest
 from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Trainer, TrainingArguments
 
+import benchmark
 import inference
 import train_lora
 import train_prompt_tuning
+from finetuning.benchmarking.flags import BenchmarkArguments
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.flags import InferenceArguments
 from finetuning.training.flags import DataArguments
@@ -28,6 +30,7 @@ SCRIPTS = {
         TrainingArguments,
     ),
     inference: (ModelArguments, InferenceArguments),
+    benchmark: (ModelArguments, BenchmarkArguments),
 }
 NO_MEMORY = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
@@ -155,6 +158,16 @@ def test_while_loading_the_adapter(run_main: Run, adapter_path: str, monkeypatch
     message = run_main(inference, "--adapter_path", adapter_path, expected=1)
     assert message.startswith("error: out of memory while loading the adapter: ")
     assert advice(message, inference) == [IN_4BIT]
+
+
+def test_in_a_benchmark(run_main: Run, base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process that measures; test_benchmark.py has the one that starts it."""
+    monkeypatch.setattr(Trainer, "training_step", run_out)
+    words = f"--only lora --model_path {base_path} --sequence_length 100"
+    message = run_main(benchmark, *words.split(), expected=1)
+    assert advice(message, benchmark) == ["--gradient_checkpointing True", "--batch_size 1", "--sequence_length 50"]
+    message = run_main(benchmark, *f"{words} --gradient_checkpointing True --batch_size 1".split(), expected=1)
+    assert advice(message, benchmark) == ["--sequence_length 50"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
