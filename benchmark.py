@@ -9,11 +9,9 @@ JSON file and a bar chart. With --shape the weights are random: nothing is downl
 """
 
 import json
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,26 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
-from common import load_model, load_tokenizer, prepare_adapter, preprocess, start_run, training_dtype
+from common import load_model, load_tokenizer, preprocess, start_run, training_dtype
 from finetuning.benchmarking.baselines import make_stock_trainer, make_trl_trainer
-from finetuning.benchmarking.meters import Stopwatch, TokenCounter, count_products, matrix_product_rate
-from finetuning.benchmarking.shapes import SHAPES, make_random_checkpoint, random_rows
-from finetuning.benchmarking.table import ALL, BASELINES, METHODS, Method, check_losses, save_results
-from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
+from finetuning.benchmarking.child import run_child
+from finetuning.benchmarking.flags import BenchmarkArguments, memory_flags
+from finetuning.benchmarking.meters import Stopwatch, TokenCounter, count_products, measure_machine
+from finetuning.benchmarking.shapes import make_random_checkpoint, random_rows
+from finetuning.benchmarking.table import (
+    ALL,
+    Method,
+    check_marks,
+    choose_methods,
+    save_results,
+    show_results,
+)
+from finetuning.cli.arguments import ModelArguments, ScriptParser
 from finetuning.cli.console import fail, say, warn
+from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
 from finetuning.preprocessing.prompts import pad_token_id
 from finetuning.training.flags import Arguments, parse_arguments
-from finetuning.training.memory import GIB, peak_memory
-from finetuning.training.trainer import make_trainer
+from finetuning.training.trainer import make_trainer, prepare_adapter
 from train_lora import LoraArguments, build_lora_config
 from train_prompt_tuning import PromptTuningArguments, add_soft_prompt
 
@@ -43,60 +50,29 @@ METHOD_FLAGS = {
 }
 
 
-@dataclass
-class BenchmarkArguments:
-    _argument_group_name = "benchmark"
-
-    shape: str | None = flag(None, "random weights of a released shape instead of --model_path", choices=list(SHAPES))
-    layers: int | None = flag(None, "only so many layers of the shape")
-    data_path: str = flag(beside_scripts("data/train.json"), "rows to train on")
-    sequence_length: int | None = flag(
-        None, "random rows of so many tokens, all of them learnt, instead of --data_path"
-    )
-    methods: str = flag(",".join(METHODS), f"of {', '.join(ALL)}")
-    baseline: bool = flag(False, "also the stock Trainer with padding and, if trl is installed, TRL")
-    batch_size: int = flag(8, "rows a step")
-    warmup_steps: int = flag(2, "steps before the measurement")
-    steps: int = flag(20, "measured steps")
-    gradient_checkpointing: bool = flag(False, "as in training")
-    bf16: bool = flag(False, "on a GPU: bfloat16 instead of float16")
-    memory_cap: float | None = flag(None, "GiB of the GPU that a method may use")
-    output_dir: str = flag("outputs/benchmark", "folder for benchmark.json and .png")
-    only: str | None = flag(None, "measure this method in this process, and print JSON")
-
-    def __post_init__(self) -> None:
-        unknown = set(self.methods.split(",")) - set(ALL)
-        if unknown:
-            raise ValueError(f"--methods {','.join(sorted(unknown))}: choose from {', '.join(ALL)}")
-        for name in ("batch_size", "steps", "sequence_length", "layers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.layers and not self.shape:
-            raise ValueError("--layers cuts a --shape: name one of " + ", ".join(SHAPES))
-
-
 def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
     """Train with the method `args.only`; returns its figures."""
     method = ALL[args.only]
-    if args.memory_cap and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.memory_cap * GIB / total)
     with tempfile.TemporaryDirectory() as folder:
         run = training_arguments(args, method, model_path, f"{folder}/out")
+        device = run.training.device
+        if args.memory_cap and device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(args.memory_cap * GIB / total_memory(device), device)
         start_run(run)
         tokenizer = load_tokenizer(run.model, run.data.prompt_format)
         if args.sequence_length:
             dataset = random_rows(args.batch_size * (args.warmup_steps + args.steps), args.sequence_length)
         else:
             dataset = preprocess(args.data_path, tokenizer, run.data.max_length).dataset
-        model = load_model(run.model, training_dtype(run.training), run.training.device)
+        model = load_model(run.model, training_dtype(run.training), device)
         products = count_products(model)
-        trainer = build_trainer(method, model, tokenizer, run, dataset)
-        stopwatch = Stopwatch(args.warmup_steps)
-        trainer.add_callback(stopwatch)
-        trainer.remove_callback(PrinterCallback)
-        trainer.data_collator = counter = TokenCounter(trainer.data_collator)
-        trainer.train()
+        with memory_advice(device, memory_flags(args)):
+            trainer = build_trainer(method, model, tokenizer, run, dataset)
+            stopwatch = Stopwatch(args.warmup_steps)
+            trainer.add_callback(stopwatch)
+            trainer.remove_callback(PrinterCallback)
+            trainer.data_collator = counter = TokenCounter(trainer.data_collator)
+            trainer.train()
 
     measured = counter.batches[args.warmup_steps :][: args.steps]
     tokens, supervised = (sum(numbers) for numbers in zip(*measured, strict=True))
@@ -110,7 +86,8 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
         "precision": "nf4" if method.load_in_4bit else str(training_dtype(run.training)).removeprefix("torch."),
         "trainable": trainable,
         "trainable_percent": 100 * trainable / (products["parameters"] + adapter),
-        "peak_gib": peak_memory() / GIB,
+        "peak_gib": peak_reserved(device) / GIB,  # what the process takes, as nvidia-smi shows it
+        "peak_allocated_gib": peak_memory(device) / GIB,  # by tensors
         "steps": args.steps,
         "tokens": tokens,
         "supervised_tokens": supervised,
@@ -152,50 +129,59 @@ def build_trainer(
     return make_stock_trainer(model, tokenizer, run.training, dataset)
 
 
-def run_child(args: BenchmarkArguments, model_path: str, method: str) -> dict[str, Any] | None:
-    """Measure one method in a fresh process; returns None if it fails, for example for lack of memory."""
-    words = [sys.executable, __file__, "--only", method, "--model_path", model_path]
+def measure_in_child(args: BenchmarkArguments, model_path: str, method: str) -> dict[str, Any] | str:
+    """Do what --only names in a fresh process; returns its figures or, if it fails, the reason."""
+    words = [__file__, "--only", method, "--model_path", model_path]
     for name, value in asdict(args).items():
-        if value is not None and name not in ("only", "shape", "layers"):
+        if value is not None and name not in ("only", "report"):
             words += [f"--{name}", str(value)]
-    result = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
-    if result.returncode:
-        warn(f"{method} was not measured: {result.stderr.strip().splitlines()[-1]}")
-        return None
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    return run_child(words)
 
 
 def main() -> None:
     parser = ScriptParser((ModelArguments, BenchmarkArguments), __doc__)
     model_args, args = parser.to_dataclasses(parser.parse_flags())
-    if args.only:
-        result = {"rate": matrix_product_rate()} if args.only == "rate" else measure(args, model_args.model_path)
-        print(json.dumps(result))
-        return
-    methods = args.methods.split(",")
-    if args.baseline:
-        methods += [name for name in BASELINES if name not in methods]
-        if not find_spec("trl"):
-            methods.remove("lora_trl")
-            warn("TRL is not installed, so it is left out: pip install trl")
-    with tempfile.TemporaryDirectory() as folder:
+    if args.only == "weights":
+        print(json.dumps(make_random_checkpoint(args.shape, args.layers, model_args.model_path)))
+    elif args.only:
+        print(json.dumps(measure_machine() if args.only == "machine" else measure(args, model_args.model_path)))
+    else:
+        compare(args, model_args.model_path)
+
+
+def compare(args: BenchmarkArguments, model_path: str) -> None:
+    """Measure the methods one after the other, keep each result as it comes, then show them side by side."""
+    reports = args.report.split(",") if args.report else []
+    for file in reports:
+        check_marks(file)
+    if not args.shape:
+        load_tokenizer(ModelArguments(model_path=model_path), "auto")  # a wrong path fails here, in one line
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    results, failures = {}, {}
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
         if args.shape:
             say(f"making random weights of {args.shape}")
-            make_random_checkpoint(args.shape, args.layers, folder)
-            torch.cuda.empty_cache()
-        model_path = folder if args.shape else model_args.model_path
-        load_tokenizer(ModelArguments(model_path=model_path), "auto")  # a wrong path fails here, in one line
-        rate = run_child(args, model_path, "rate")["rate"]
-        results = {}
-        for name in methods:
+            model_path = folder
+            failure = measure_in_child(args, folder, "weights")
+            if failure:
+                fail(f"the random weights could not be made: {failure}", 1)
+        machine = measure_in_child(args, model_path, "machine")
+        if isinstance(machine, str):
+            fail(f"the speed of this machine could not be measured: {machine}", 1)
+        run = machine | {"model": args.shape or model_path, "arguments": asdict(args)}
+        for name in choose_methods(args.methods, args.baseline):
             say(f"measuring {ALL[name].title}")
-            result = run_child(args, model_path, name)
-            if result:
+            result = measure_in_child(args, model_path, name)
+            if isinstance(result, str):
+                failures[name] = result
+                advice = f"\nTry, in this order: {'; '.join(memory_flags(args))}" if "out of memory" in result else ""
+                warn(f"{name} was not measured: {result}{advice}")
+            else:
                 results[name] = result
+            save_results(args.output_dir, run, results, failures)
     if not results:
         fail("no method could be measured", 1)
-    check_losses(results)
-    save_results(args.output_dir, args.shape or model_args.model_path, rate, asdict(args), results)
+    show_results(run, results, args.output_dir, reports)
 
 
 if __name__ == "__main__":

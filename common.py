@@ -24,12 +24,15 @@ from finetuning.adapter.base_model import (
     check_loaded_weights,
     check_model_path,
     explain_loading_error,
+    four_bit_flag,
+    loading_report,
     quantization_options,
 )
 from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
 from finetuning.cli.arguments import ModelArguments
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fail
+from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
@@ -58,9 +61,8 @@ from finetuning.training.checkpoints import (
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
-from finetuning.training.memory import memory_advice
-from finetuning.training.report import print_first_row, print_next_command, print_speed
-from finetuning.training.trainer import make_trainer
+from finetuning.training.report import inference_command, print_first_row, print_next_command, print_speed
+from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
 def start_run(args: Arguments) -> None:
@@ -68,7 +70,7 @@ def start_run(args: Arguments) -> None:
     allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
     check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
-    if args.training.push_to_hub and args.training.should_save and not args.data.dry_run:
+    if not args.data.dry_run:
         create_repository(args.training)
 
 
@@ -99,16 +101,18 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.dev
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
     try:
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
-            model_args.model_path,
-            dtype=dtype,
-            device_map={"": device} if device.type == "cuda" else None,
-            use_safetensors=True,  # the other format is pickle, which can run code
-            trust_remote_code=model_args.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in loading_info
-            **quantization_options(config, model_args.load_in_4bit, dtype),
-        )
+        remedies = four_bit_flag(config, model_args.load_in_4bit)
+        with memory_advice(device, remedies, "while loading the model"), loading_report():
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
+                model_args.model_path,
+                dtype=dtype,
+                device_map={"": device} if device.type == "cuda" else None,
+                use_safetensors=True,  # the other format is pickle, which can run code
+                trust_remote_code=model_args.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported in loading_info
+                **quantization_options(config, model_args.load_in_4bit, dtype),
+            )
     except (OSError, ValueError, ImportError) as error:
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
     check_loaded_weights(model_args.model_path, config, model, loading_info)
@@ -201,27 +205,14 @@ def train(
     choose_mode(tokenizer, train_data.rows, args.data.thinking)
     warn_about_labels(train_data.rows)
     print_first_row(train_data.dataset, tokenizer)
-    with memory_advice(args.training, args.model.load_in_4bit, args.data.max_length):
-        if args.data.dry_run:
-            print_plan(model, pad_token_id(tokenizer), train_data.dataset, args.training)
-            return
-        train_and_save(model, tokenizer, train_data, eval_data, args)
+    if args.data.dry_run:
+        print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
+        return
+    train_and_save(model, tokenizer, train_data, eval_data, args)
     if eval_data and args.data.eval_metrics and args.training.should_save:
         evaluate(model, tokenizer, eval_data.rows, labels_by_task(train_data.rows), args.training)
-    if args.training.push_to_hub and args.training.should_save:
-        upload_adapter(args.training)
+    upload_adapter(args.training)
     print_next_command(args.training.output_dir)
-
-
-def prepare_adapter(model: PeftModel) -> None:
-    """Make the trainable parameters float32, and print how many there are."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
-    trainable, total = model.get_nb_trainable_parameters()
-    if trainable == 0:
-        fail("the adapter has no trainable parameters")
-    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
 
 
 def train_and_save(
@@ -249,7 +240,8 @@ def train_and_save(
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
     resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
-    print_speed(result.metrics, 1 - resumed_at / result.global_step, train_data.dataset, output_dir)
+    share = 1 - resumed_at / result.global_step
+    print_speed(result.metrics, share, train_data.dataset, output_dir, args.training.device)
 
 
 def evaluate(
@@ -262,6 +254,8 @@ def evaluate(
     """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
-    batch_size = args.per_device_eval_batch_size
-    answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
+    command = f"{inference_command(args.output_dir)} --data_path {rows.path} --batch_size 1"
+    batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
+    with memory_advice(args.device, [command], place):
+        answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
     report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)

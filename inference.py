@@ -22,9 +22,10 @@ from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
 from finetuning.cli.arguments import ModelArguments, beside_scripts
 from finetuning.cli.console import fail, say, warn
+from finetuning.cli.memory import memory_advice
 from finetuning.generation.chat import chat
 from finetuning.generation.evaluate import answer_instruction, answer_rows
-from finetuning.generation.flags import InferenceArguments, parse_inference_arguments
+from finetuning.generation.flags import InferenceArguments, memory_flags, parse_inference_arguments
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
@@ -59,7 +60,9 @@ def load_for_inference(
     trained_in_bf16 = info and info["base_fingerprint"]["dtype"] == "bfloat16"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if trained_in_bf16 else torch.float16
     model = load_model(model_args, dtype, device)
-    return (load_adapter(model, adapter_path, info) if adapter_path else model.eval()), tokenizer, info
+    with memory_advice(device, [] if model_args.load_in_4bit else ["--load_in_4bit True"], "while loading the adapter"):
+        model = load_adapter(model, adapter_path, info) if adapter_path else model.eval()
+    return model, tokenizer, info
 
 
 def read_questions(args: InferenceArguments) -> Rows:
@@ -98,14 +101,15 @@ def main() -> None:
     )
     set_seed(args.seed)
     try:
-        if args.interactive:
-            chat(model, tokenizer, config)
-        elif args.instruction is not None:
-            answer_instruction(model, tokenizer, instruction, config, labels)
-        else:
-            predictions = Predictions(args.output_file, describe_settings(model_args, args, rows))
-            answer_rows(model, tokenizer, rows, predictions, args.batch_size, config, labels)
-            print_answers(rows, predictions, info.get("labels", {}), args)
+        with memory_advice(model.device, memory_flags(model_args, args, config.max_new_tokens)):
+            if args.interactive:
+                chat(model, tokenizer, config)
+            elif args.instruction is not None:
+                answer_instruction(model, tokenizer, instruction, config, labels)
+            else:
+                predictions = Predictions(args.output_file, describe_settings(model_args, args, rows))
+                answer_rows(model, tokenizer, rows, predictions, args.batch_size, config, labels)
+                print_answers(rows, predictions, info.get("labels", {}), args)
     except KeyboardInterrupt:
         fail("stopped" + ("; the same command resumes from here" if args.output_file else ""), 130)
 

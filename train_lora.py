@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.console import fail, say
+from finetuning.cli.memory import memory_advice
+from finetuning.training.dry_run import memory_flags
 from finetuning.training.flags import parse_arguments
 
 
@@ -76,8 +78,9 @@ def main() -> None:
     train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length, args.data.thinking)
     eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length, args.data.thinking)
     model = load_model(args.model, training_dtype(args.training), args.training.device)
-    model = get_peft_model(model, build_lora_config(args.method, model))
-    train(model, tokenizer, train_data, eval_data, args)
+    with memory_advice(args.training.device, memory_flags(args).values()):
+        model = get_peft_model(model, build_lora_config(args.method, model))
+        train(model, tokenizer, train_data, eval_data, args)
 
 
 if __name__ == "__main__":

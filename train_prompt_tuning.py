@@ -16,6 +16,8 @@ from common import load_model, load_tokenizer, preprocess, start_run, train, tra
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.console import fail, say
+from finetuning.cli.memory import memory_advice
+from finetuning.training.dry_run import memory_flags
 from finetuning.training.flags import parse_arguments
 
 
@@ -86,8 +88,9 @@ def main() -> None:
     train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length, args.data.thinking)
     eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length, args.data.thinking)
     model = load_model(args.model, training_dtype(args.training), args.training.device)
-    model = add_soft_prompt(model, tokenizer, args.method)
-    train(model, tokenizer, train_data, eval_data, args)
+    with memory_advice(args.training.device, memory_flags(args).values()):
+        model = add_soft_prompt(model, tokenizer, args.method)
+        train(model, tokenizer, train_data, eval_data, args)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import inference
 import train_lora
 import train_prompt_tuning
-from common import load_model, load_tokenizer, prepare_adapter, preprocess, training_dtype
+from common import load_model, load_tokenizer, preprocess, training_dtype
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import make_generation_config
 from finetuning.training import hub
 from finetuning.training.collators import PadCollator
 from finetuning.training.flags import parse_arguments
-from finetuning.training.trainer import make_trainer
+from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
 @pytest.fixture

@@ -1,7 +1,12 @@
 """The base model on disk: what is checked before it is loaded, and what is said if it does not load."""
 
 import json
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from finetuning.adapter.fingerprint import quantization
 from finetuning.cli.console import fail, first_line, say, warn
@@ -89,6 +95,11 @@ def quantization_options(config: PreTrainedConfig, load_in_4bit: bool, dtype: to
     return {"quantization_config": config}
 
 
+def four_bit_flag(config: PreTrainedConfig, load_in_4bit: bool) -> list[str]:
+    """The flag for base weights in 4 bits; none if they are, or if the checkpoint brings a quantisation of its own."""
+    return [] if load_in_4bit or getattr(config, "quantization_config", None) else ["--load_in_4bit True"]
+
+
 def explain_loading_error(error: Exception) -> str:
     """One line for a checkpoint that transformers refuses."""
     message = str(error)
@@ -97,6 +108,26 @@ def explain_loading_error(error: Exception) -> str:
     if "Unrecognized configuration class" in message:
         return "it is not a language model (a vision or audio model?); name a text model, such as Qwen3"
     return first_line(error)
+
+
+@contextmanager
+def loading_report() -> Iterator[None]:
+    """Inside the context, what transformers logs becomes part of an error, and is printed only if there is none.
+
+    An error in quantisation, such as a lack of memory, is named nowhere but in the log.
+    """
+    text = StringIO()
+    handler = logging.StreamHandler(text)
+    transformers_logging.disable_default_handler()
+    transformers_logging.add_handler(handler)
+    try:
+        yield
+        print(text.getvalue(), end="", file=sys.stderr)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{text.getvalue()}") from error
+    finally:
+        transformers_logging.remove_handler(handler)
+        transformers_logging.enable_default_handler()
 
 
 def check_loaded_weights(

@@ -26,6 +26,7 @@ from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprint
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+from finetuning.cli.memory import is_out_of_memory
 from finetuning.preprocessing.label_words import labels_by_task
 from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.rows import Rows
@@ -186,8 +187,8 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
                 f"weights without a place: {sorted(keys.unexpected_keys)[:2]}, places without a weight: "
                 f"{sorted(keys.missing_keys)[:2]}"
             )
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, RuntimeError, KeyError) as error:  # PEFT missed a name, or found one or a shape too many
+        if is_out_of_memory(error):
+            raise
         fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")
     return model.eval()

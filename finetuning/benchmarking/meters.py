@@ -53,8 +53,8 @@ def count_products(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def matrix_product_rate() -> float:
-    """Multiplications and additions per second of a large matrix product, in the precision of training."""
+def measure_machine() -> dict[str, Any]:
+    """The device, torch's version, and the operations per second of a large matrix product in training's precision."""
     on_cuda = torch.cuda.is_available()
     size, dtype, device = (8192, torch.bfloat16, "cuda") if on_cuda else (2048, torch.float32, "cpu")
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -65,4 +65,5 @@ def matrix_product_rate() -> float:
         if on_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "matrix_product_rate": 2 * size**3 / best}

@@ -1,7 +1,11 @@
 """Models of released shapes with random weights, and random rows: nothing is downloaded, and the speed is the same."""
 
+import json
+from pathlib import Path
+
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from finetuning.cli.arguments import beside_scripts
@@ -24,22 +28,38 @@ SHAPES = {
 TOKENIZER = beside_scripts("models/tiny-qwen")  # its ids are in the vocabulary of every shape
 
 
-def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
+def make_config(shape: str, layers: int | None = None, **changes: int) -> PreTrainedConfig:
     """The configuration of a released model, with only so many of its layers if `layers` is given."""
-    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}) | changes
     family = shape.split("-")[0].removesuffix(".5")
     sizes |= {"head_dim": 128} if family == "qwen3" else {}
     return AutoConfig.for_model(family, max_position_embeddings=32768, **sizes)
 
 
 def make_random_checkpoint(shape: str, layers: int | None, folder: str) -> None:
-    """Write a model of the shape with random weights, and a tokenizer."""
-    on_cuda = torch.cuda.is_available()
+    """Write a model of the shape with random weights, and a tokenizer.
+
+    The weights come from models of one layer, initialised as their class does it, so that no more than the vocabulary
+    and one layer is in memory.
+    """
+    config = make_config(shape, layers)
+    device, config.dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(0)
-    with torch.device("cuda" if on_cuda else "cpu"):
-        dtype = torch.bfloat16 if on_cuda else torch.float32
-        model = AutoModelForCausalLM.from_config(make_config(shape, layers), dtype=dtype)
-    model.save_pretrained(folder)
+    files = {}
+    for layer in range(config.num_hidden_layers):
+        small = {} if layer == 0 else {"vocab_size": 8}  # the vocabulary comes from the first of the models
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(make_config(shape, 1, **small), dtype=config.dtype)
+        weights = {name: tensor for name, tensor in model.state_dict().items() if layer == 0 or ".layers.0." in name}
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        weights = {name.replace(".layers.0.", f".layers.{layer}."): tensor for name, tensor in weights.items()}
+        file = f"model-{layer + 1:05}-of-{config.num_hidden_layers:05}.safetensors"
+        save_file(weights, Path(folder, file), metadata={"format": "pt"})
+        files |= dict.fromkeys(weights, file)
+    index = {"metadata": {}, "weight_map": files}
+    Path(folder, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
 
 

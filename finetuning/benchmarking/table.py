@@ -1,6 +1,7 @@
 """The measured methods side by side: a table, a picture, and a check that they may be compared."""
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ import torch
 from finetuning.cli.console import fail, say, warn
 
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}  # of a step's loss
+HALF_PRECISION_STEPS = 3  # whose losses are compared: tiny differences of half-precision runs grow with the steps
+MARKS = re.compile("(?<=<!-- benchmark -->\n).*?(?=<!-- /benchmark -->)", re.DOTALL)
 
 
 class Method(NamedTuple):
@@ -35,6 +38,16 @@ BASELINES = {
 ALL = METHODS | BASELINES
 
 
+def choose_methods(names: str, baseline: bool) -> list[str]:
+    """The named methods, with commas between, and the baselines if asked for; without TRL's if it is not installed."""
+    methods = names.split(",")
+    methods += [name for name in BASELINES if baseline and name not in methods]
+    if "lora_trl" in methods and not find_spec("trl"):
+        methods.remove("lora_trl")
+        warn("TRL is not installed, so it is left out: pip install trl")
+    return methods
+
+
 def check_losses(results: dict[str, dict[str, Any]]) -> None:
     """Refuse to compare a baseline whose losses differ from ours, or full fine-tuning whose first loss does.
 
@@ -50,6 +63,8 @@ def check_losses(results: dict[str, dict[str, Any]]) -> None:
         if other not in results:
             continue
         tolerance = max(LARGEST_DIFFERENCE.get(results[key]["precision"], 2e-2) for key in (name, other))
+        if tolerance > LARGEST_DIFFERENCE["float32"]:
+            count = count or HALF_PRECISION_STEPS
         losses = (results[key]["losses"][:count] for key in (name, other))
         difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
         if not difference <= tolerance:
@@ -98,20 +113,40 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def save_results(
-    output_dir: str, model: str, rate: float, arguments: dict[str, Any], results: dict[str, dict[str, Any]]
-) -> None:
-    """Print the table, and write it as benchmark.json and benchmark.png."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    head = {"device": device, "torch": torch.__version__, "model": model, "matrix_product_rate": rate}
-    head |= {"arguments": arguments, "results": results}
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    rows = arguments["batch_size"]
-    say(f"\n{model} on {device}, {rate / 1e12:.2f} TFLOP/s in a matrix product; {rows} rows a step\n")
-    say(format_table(results, rate))
+def save_results(output_dir: str, run: dict[str, Any], results: dict[str, Any], failures: dict[str, str]) -> None:
+    """Write what has been measured so far as benchmark.json."""
+    text = json.dumps(run | {"results": results, "failures": failures}, ensure_ascii=False, indent=2)
+    Path(output_dir, "benchmark.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_marks(file: str) -> None:
+    """Refuse a report without a place for the table.
+
+    Raises:
+        SystemExit: code 2.
+    """
+    if not Path(file).is_file() or len(MARKS.findall(Path(file).read_text(encoding="utf-8"))) != 1:
+        fail(f"--report '{file}' is not a file with one line <!-- benchmark --> and, below, one <!-- /benchmark -->")
+
+
+def show_results(run: dict[str, Any], results: dict[str, dict[str, Any]], output_dir: str, reports: list[str]) -> None:
+    """Print the table and, if its methods may be compared, write it between the marks of the reports, and draw it.
+
+    Args:
+        run: the machine, from `measure_machine`, the `model`, and the `arguments` of the command line.
+
+    Raises:
+        SystemExit: code 1, if the methods may not be compared.
+    """
+    rate, rows = run["matrix_product_rate"], run["arguments"]["batch_size"]
+    head = f"{run['model']} on {run['device']}, {rate / 1e12:.2f} TFLOP/s in a matrix product; {rows} rows a step"
+    text = f"{head}\n\n{format_table(results, rate)}\n"
+    say("\n" + text)
+    check_losses(results)
+    for file in reports:
+        before = Path(file).read_text(encoding="utf-8")
+        Path(file).write_text(MARKS.sub(lambda _: f"\n{text}\n", before), encoding="utf-8")
     if find_spec("matplotlib"):
-        draw(results, folder / "benchmark.png")
+        draw(results, Path(output_dir, "benchmark.png"))
     else:
         warn("no picture without matplotlib: pip install matplotlib")

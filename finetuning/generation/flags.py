@@ -60,6 +60,18 @@ class InferenceArguments:
             raise ValueError("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
 
 
+def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_tokens: int) -> list[str]:
+    """The flags that save memory while answering and are not used yet, in the order to try them.
+
+    Args:
+        max_new_tokens: the longest answer.
+    """
+    in_batches = args.batch_size > 1 and args.instruction is None and not args.interactive
+    flags = [f"--batch_size {max(1, args.batch_size // 4)}"] if in_batches else []
+    flags += [] if model_args.load_in_4bit else ["--load_in_4bit True"]
+    return flags + ([] if args.labels else [f"--max_new_tokens {max(1, max_new_tokens // 2)}"])
+
+
 def parse_inference_arguments(
     description: str | None, argv: list[str] | None = None
 ) -> tuple[ModelArguments, InferenceArguments]:

@@ -1,74 +1,231 @@
-"""The dry run: how much memory a run needs, measured part by part before it starts, and how long it would take."""
+"""The dry run: how much memory a run needs, measured part by part before it starts, whether that fits, and its time."""
 
 import copy
 import math
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import release_memory
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from finetuning.adapter.fingerprint import quantization
 from finetuning.cli.console import say
+from finetuning.cli.memory import (
+    GIB,
+    is_out_of_memory,
+    memory_of_others,
+    peak_memory,
+    peak_reserved,
+    reset_peak_memory,
+    total_memory,
+    used_memory,
+)
 from finetuning.preprocessing.prompts import IGNORE_INDEX
-from finetuning.training.memory import GIB, peak_memory, reset_peak_memory, total_memory, used_memory
+from finetuning.training.flags import Arguments
 from finetuning.training.trainer import make_trainer
+
+BYTES_IN_4BIT = 0.55  # of a weight, with its share of the scales and of the one matrix that is in half precision
+FEWEST_TOKENS = 16  # to measure on
+UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
 
 
 class StepMeter(TrainerCallback):
     """Records each step's starting memory, peak memory and duration."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.before: list[int] = []
         self.peaks: list[int] = []
+        self.reserved: list[int] = []
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        reset_peak_memory()
-        self.before.append(used_memory())
+        reset_peak_memory(self.device)
+        self.before.append(used_memory(self.device))
         self.start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         self.seconds.append(time.perf_counter() - self.start)
-        self.peaks.append(peak_memory())
+        self.peaks.append(peak_memory(self.device))
+        self.reserved.append(peak_reserved(self.device))
 
 
-def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, training_args: TrainingArguments) -> None:
-    """Take a few steps on the longest rows, and print the memory of each part and how long the run would take.
+def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
+    """The flags that save memory and are not used yet, by what they do, in the order to try them.
 
-    The parts are differences: a step that learns only one token of each row needs everything but the other logits.
+    Args:
+        longest: row of the data in tokens, if it is known.
     """
+    batch, accumulation = args.training.per_device_train_batch_size, args.training.gradient_accumulation_steps
+    one_row = []
+    if batch > 1:
+        one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
+    if args.data.eval_data_path and args.training.per_device_eval_batch_size > 1:
+        one_row.append("--per_device_eval_batch_size 1")
+    flags = {
+        "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",
+        "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
+        "one row": " ".join(one_row),
+        "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
+    }
+    return {name: flag for name, flag in flags.items() if flag}
+
+
+class Measurement(NamedTuple):
+    """What steps on some rows took, in bytes."""
+
+    tokens: int  # of the rows
+    before: int  # in use when they began
+    training: int  # gradients and the optimizer's states
+    activations: int
+    logits: int
+    kept: int  # what PyTorch keeps for later, beside what is in use
+    seconds: float  # of a step
+
+    def peak(self) -> int:
+        return self.before + self.training + self.activations + self.logits + self.kept
+
+    def scaled(self, tokens: int) -> "Measurement":
+        """For other rows, by proportion: activations and time."""
+        factor = tokens / self.tokens
+        return self._replace(tokens=tokens, activations=int(self.activations * factor), seconds=self.seconds * factor)
+
+
+def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args: Arguments) -> None:
+    """Take a few steps on the longest rows; print the memory of each part, whether it fits, and the time of the run."""
     lengths = [len(ids) for ids in train_dataset["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-training_args.per_device_train_batch_size :]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.training.per_device_train_batch_size :]
     rows = [train_dataset[number] for number in longest]
-    one_token = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
-    meter = StepMeter()
-    optimizer = take_steps(model, pad_token_id, [one_token, one_token, rows, rows], training_args, meter)
+    tokens, learnt = count_tokens(rows), sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    measured = measure(model, pad_token_id, rows, args.training)
+    step = measured.scaled(tokens)
 
     weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.requires_grad)
     adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    training = adapter + sum(tensor.nbytes for tensor in states)  # gradients are as large as what is trained
-    peak = max(meter.peaks)
+    say(f"memory of a step on the {len(rows)} longest rows ({tokens:,} tokens, {learnt:,} of them learnt), in GiB:")
+    device, fitted = args.training.device, measured.tokens == tokens
+    on_cpu, others, total = device.type == "cpu", memory_of_others(device), total_memory(device)
     parts = {
         "base weights": weights,
-        "adapter, gradients, optimizer": adapter + training,
-        "activations": meter.peaks[1] - meter.before[0] - training,
-        "logits": peak - meter.peaks[1],
-        "other" if torch.cuda.is_available() else "Python and its libraries": meter.before[0] - weights - adapter,
-        "peak": peak,
-        "this machine has": total_memory(),
+        "adapter, gradients, optimizer": adapter + step.training,
+        "activations": step.activations,
+        "logits": step.logits,
+        "Python and its libraries" if on_cpu else "other": step.before - weights - adapter,
+        "kept by PyTorch for later": step.kept,
+        "peak": step.peak(),
+        "other programs" if on_cpu else "other programs, and CUDA itself": others,
+        "this machine has" if on_cpu else "this GPU has": total,
     }
-    tokens = sum(lengths[number] for number in longest)
-    learnt = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
-    say(f"memory, measured on the {len(rows)} longest rows ({tokens:,} tokens, {learnt:,} of them learnt), in GiB:")
     for name, size in parts.items():
-        say(f"  {name:30} {max(0, size) / GIB:8.2f}")
-    print_duration(lengths, training_args, seconds_per_token=min(meter.seconds[2:]) / tokens)
+        computed = name in ("activations", "peak") and not fitted
+        source = f"computed, as only {measured.tokens:,} of the tokens fit" if computed else "measured"
+        say(f"  {name:32} {max(0, size) / GIB:8.2f}  {source}")
+    if fitted and step.peak() <= total - others:
+        say("it fits")
+    else:
+        say(f"it does not fit into the {(total - others) / GIB:.2f} GiB that are free. The peak with other flags:")
+        free = min(total - others, step.peak() - 1)  # memory may run out before the device is full
+        print_remedies(model, [lengths[number] for number in longest], args, step, free)
+    print_duration(lengths, args.training, step.seconds / tokens)
+
+
+def print_remedies(model: PeftModel, lengths: list[int], args: Arguments, step: Measurement, free: int) -> None:
+    """Print what the peak would be with the flags that save memory: with each and, if none is enough, with several.
+
+    Args:
+        lengths: of the rows of the step, in tokens.
+        free: bytes that the peak must fit into.
+    """
+    flags = memory_flags(args, max(lengths))
+    if quantization(model):
+        flags.pop("4 bits", None)
+    config = model.config.get_text_config()
+    layers, width = config.num_hidden_layers, config.hidden_size * model.get_input_embeddings().weight.element_size()
+    # A step keeps the activations of all layers, and works on about two more. With checkpointing it keeps those of one.
+    checkpointed = step.activations * 3 // (layers + 2) + layers * step.tokens * width  # and the input of each layer
+    shares = {  # of the activations
+        "checkpointing": min(1, checkpointed / max(1, step.activations)),
+        "one row": max(lengths) / step.tokens,
+        "half length": sum(min(length, max(lengths) // 2) for length in lengths) / step.tokens,
+    }
+    in_4bit = bytes_saved_in_4bit(model)
+
+    def peak(names: list[str]) -> float:
+        saved = step.activations * (1 - math.prod(shares.get(name, 1) for name in names))
+        return step.peak() - saved - in_4bit * ("4 bits" in names)
+
+    choices = [[name] for name in flags]
+    if not any(peak(choice) <= free for choice in choices):
+        choices += [list(flags)[:count] for count in range(2, len(flags) + 1)]
+    for choice in choices:
+        verdict = "fits" if peak(choice) <= free else "too much"
+        say(f"  {peak(choice) / GIB:8.2f}  computed, {verdict:8}  {' '.join(flags[name] for name in choice)}")
+    if not any(peak(choice) <= free for choice in choices):
+        say("none of this is enough: take a smaller model, or a device with more memory")
+
+
+def bytes_saved_in_4bit(model: PeftModel) -> int:
+    """How much smaller the base weights would be in 4 bits: those of linear layers, apart from the vocabulary's."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    weights = [m.weight for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return int(sum(w.nbytes - BYTES_IN_4BIT * w.numel() for w in weights if not w.requires_grad))
+
+
+def measure(
+    model: PeftModel, pad_token_id: int, rows: list[dict[str, Any]], training_args: TrainingArguments
+) -> Measurement:
+    """Take steps on the rows or, if memory runs out, on half of them, and so on.
+
+    The parts are differences: a step that learns only one token of each row needs everything but the other logits.
+    """
+    device = training_args.device
+    before = used_memory(device)
+    while True:
+        one = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
+        meter = StepMeter(device)
+        try:
+            optimizer = take_steps(model, pad_token_id, [one, one, rows, rows], training_args, meter)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)  # and not the error itself, which holds on to the step's tensors
+        model.zero_grad()
+        release_memory()
+        if count_tokens(rows) < FEWEST_TOKENS or used_memory(device) > before + UNRETURNED:
+            raise MemoryError(reason)
+        rows = halve(rows)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    training = gradients + sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    return Measurement(
+        tokens=count_tokens(rows),
+        before=meter.before[0],
+        training=training,
+        activations=max(0, meter.peaks[1] - meter.before[0] - training),
+        logits=max(0, max(meter.peaks) - meter.peaks[1]),
+        kept=max(meter.reserved) - max(meter.peaks),
+        seconds=min(meter.seconds[2:]),
+    )
+
+
+def halve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The second half of the rows; of a single row its second half, where the answer is."""
+    if len(rows) > 1:
+        return rows[len(rows) // 2 :]
+    return [
+        rows[0] | {name: rows[0][name][len(rows[0][name]) // 2 :] for name in ("input_ids", "attention_mask", "labels")}
+    ]
+
+
+def count_tokens(rows: list[dict[str, Any]]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def take_steps(

@@ -9,11 +9,15 @@ from finetuning.cli.console import fail, first_line, say
 
 
 def create_repository(args: TrainingArguments) -> None:
-    """Create the repository before the training, so that a missing login is known then; fills in `args.hub_model_id`.
+    """With --push_to_hub, create the repository before the training, so that a missing login is known then.
+
+    Fills in `args.hub_model_id`.
 
     Raises:
         SystemExit: code 2, if it cannot be created.
     """
+    if not args.push_to_hub or not args.should_save:
+        return
     name = args.hub_model_id or Path(args.output_dir).name
     try:
         repository = create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True)
@@ -26,11 +30,13 @@ def create_repository(args: TrainingArguments) -> None:
 
 
 def upload_adapter(args: TrainingArguments) -> None:
-    """Upload the output folder without its checkpoints.
+    """With --push_to_hub, upload the output folder without its checkpoints.
 
     Raises:
         SystemExit: code 1, if it cannot be uploaded.
     """
+    if not args.push_to_hub or not args.should_save:
+        return
     try:
         upload_folder(
             repo_id=args.hub_model_id,

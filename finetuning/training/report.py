@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import say
+from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.prompts import mark_answers
 from finetuning.preprocessing.templates import prompt_format
-from finetuning.training.memory import GIB, peak_memory
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -17,7 +18,9 @@ def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
 
 
-def print_speed(metrics: dict[str, float], share: float, train_dataset: Dataset, output_dir: str) -> None:
+def print_speed(
+    metrics: dict[str, float], share: float, train_dataset: Dataset, output_dir: str, device: torch.device
+) -> None:
     """Print time, tokens a second and peak memory.
 
     Args:
@@ -28,11 +31,14 @@ def print_speed(metrics: dict[str, float], share: float, train_dataset: Dataset,
     tokens_per_second = metrics["train_samples_per_second"] * share * tokens_per_row
     say(
         f"trained in {metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
-        f"peak memory {peak_memory() / GIB:.2f} GiB; saved in {output_dir}"
+        f"peak memory {peak_reserved(device) / GIB:.2f} GiB; saved in {output_dir}"
     )
 
 
 def print_next_command(output_dir: str) -> None:
-    script = Path(sys.argv[0]).with_name("inference.py")
     say("Try it:")
-    say(f'python {script} --adapter_path {output_dir} --instruction "翻译为英文" --input "早安"')
+    say(f'{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
+
+
+def inference_command(output_dir: str) -> str:
+    return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.cli.console import say
+from finetuning.cli.console import fail, say
 from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
@@ -65,6 +65,17 @@ class FineTuningTrainer(Trainer):
         except Exception as error:
             explain_failed_write(error, self.args.output_dir, self.state.global_step)
             raise
+
+
+def prepare_adapter(model: PeftModel) -> None:
+    """Make the trainable parameters float32, and print how many there are."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
+    trainable, total = model.get_nb_trainable_parameters()
+    if trainable == 0:
+        fail("the adapter has no trainable parameters")
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
 
 
 def make_trainer(

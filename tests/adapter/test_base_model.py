@@ -12,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 import inference
 import train_lora
 from common import load_model
+from finetuning.adapter.base_model import loading_report
 from finetuning.cli.arguments import ModelArguments
 
 IDS = torch.tensor([[*b"Instruction: Say sun\nOutput: sun"]])
@@ -197,3 +199,15 @@ def test_what_cannot_be_loaded(run_main: Run, folder: Path, damage: Callable[[Pa
         assert str(folder) in message
         for word in words:
             assert word in message
+
+
+def test_what_transformers_logs_while_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is part of an error, and printed if there is none."""
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    with loading_report():
+        logger.warning("slow path")
+    assert "slow path" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="see above\nno memory"), loading_report():
+        logger.warning("no memory")
+        raise RuntimeError("see above")
+    assert not capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""dry_run.py and memory.py: a measured plan, and one message if memory runs out (trap 38)."""
+"""dry_run.py: a measured plan, whether it fits, and one message if memory runs out in training (traps 38, 65, 83)."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,15 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import Trainer
 
 import train_lora
 import train_prompt_tuning
+from finetuning.cli.memory import GIB
+from finetuning.training import dry_run
 
 
 def read_plan(printed: str) -> dict[str, float]:
-    return {name.strip(): float(size) for name, size in re.findall(r"^  (\S.*?) +([\d.]+)$", printed, flags=re.M)}
+    lines = re.findall(r"^  (\S.*?) +([\d.]+)  (?:measured|computed)", printed, flags=re.M)
+    return {name: float(size) for name, size in lines}
+
+
+def read_remedies(printed: str) -> dict[str, tuple[float, str]]:
+    """For each line of flags: the peak in GiB, and whether it fits."""
+    lines = re.findall(r"^ +([\d.]+)  computed, (fits|too much) +(--.*)$", printed, flags=re.M)
+    return {flags: (float(size), fits) for size, fits, flags in lines}
 
 
 @pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
@@ -27,9 +38,11 @@ def test_dry_run(run_main: Run, script: object, base_path: str, rows_path: str, 
     printed = run_main(script, *words.split(), "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
     plan = read_plan(printed)
     parts = ["base weights", "adapter, gradients, optimizer", "activations", "logits", "Python and its libraries"]
-    assert list(plan) == [*parts, "peak", "this machine has"]
+    parts += ["kept by PyTorch for later"]
+    assert list(plan) == [*parts, "peak", "other programs", "this machine has"]
     assert sum(plan[name] for name in parts) == pytest.approx(plan["peak"], abs=0.05)
-    assert 0.1 < plan["peak"] < plan["this machine has"]
+    assert 0.1 < plan["peak"] < plan["this machine has"] and plan["other programs"] > 0
+    assert "\nit fits\n" in printed and "computed" not in printed
     assert "the run: 12 rows, 6 steps of 8 rows, about 0 s" in printed
     assert "'loss'" not in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
@@ -44,6 +57,100 @@ def test_plan_names_the_logits(run_main: Run, tmp_path: Path) -> None:
         words = f"--model_path {path} --data_path {rows} --output_dir {tmp_path}/out --dry_run True"
         plan = read_plan(run_main(train_lora, *words.split(), "--max_length", 2000))
         assert 0.1 < plan["logits"] < 0.4
+
+
+CHECKPOINTING, IN_4BIT, ONE_ROW, HALF = (
+    "--gradient_checkpointing True",
+    "--load_in_4bit True",
+    "--per_device_train_batch_size 1 --gradient_accumulation_steps 8",
+    "--max_length 300",
+)
+
+
+@pytest.fixture
+def plan_flags(base_path: str, tmp_path: Path) -> list[str]:
+    """A dry run on two rows, of 400 and 600 tokens."""
+    rows = [{"instruction": "a", "output": "b" * (length - 24)} for length in (400, 600)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return (
+        f"--model_path {base_path} --data_path {tmp_path}/rows.json --output_dir {tmp_path}/out --dry_run True".split()
+    )
+
+
+def set_memory(patch: pytest.MonkeyPatch, free: float, tokens: int = 1000) -> None:
+    """A step that needs 20 GiB, 12 of them for the activations, on a device with so many GiB free; others hold 3."""
+    sizes = {"before": 5, "training": 0.5, "activations": 12, "logits": 0.5, "kept": 2}
+    step = dry_run.Measurement(tokens=tokens, seconds=1, **{name: int(size * GIB) for name, size in sizes.items()})
+    patch.setattr(dry_run, "measure", lambda *args: step)
+    patch.setattr(dry_run, "memory_of_others", lambda device: 3 * GIB)
+    patch.setattr(dry_run, "total_memory", lambda device: int((3 + free) * GIB))
+
+
+def test_what_others_hold_and_what_pytorch_keeps_counts(
+    run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, fits in [(20, True), (19.9, False)]:
+        set_memory(monkeypatch, free)
+        printed = run_main(train_lora, *plan_flags)
+        assert ("\nit fits\n" in printed) == fits
+        assert (f"it does not fit into the {free:.2f} GiB that are free" in printed) != fits
+
+
+def test_flags_that_would_make_it_fit(run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each flag alone; together only if none is enough."""
+    monkeypatch.setattr(dry_run, "bytes_saved_in_4bit", lambda model: 3 * GIB)
+    of_one_layer = 12 * 3 / 4  # of the activations of 2 layers and of 2 more; the rest is too small to show
+    alone = {CHECKPOINTING: 8 + of_one_layer, IN_4BIT: 17, ONE_ROW: 8 + 12 * 0.6, HALF: 8 + 12 * 0.6}
+    set_memory(monkeypatch, free=16)
+    remedies = read_remedies(run_main(train_lora, *plan_flags))
+    assert remedies == {flags: (size, "fits" if size <= 16 else "too much") for flags, size in alone.items()}
+    set_memory(monkeypatch, free=8.5)
+    remedies = read_remedies(run_main(train_lora, *plan_flags))
+    two, three = f"{CHECKPOINTING} {IN_4BIT}", f"{CHECKPOINTING} {IN_4BIT} {ONE_ROW}"
+    together = {two: 5 + of_one_layer, three: 5 + of_one_layer * 0.6, f"{three} {HALF}": 5 + of_one_layer * 0.36}
+    assert list(remedies) == [*alone, *together]
+    for flags, size in (alone | together).items():
+        assert remedies[flags] == (pytest.approx(size, abs=0.006), "fits" if size <= 8.5 else "too much")
+    set_memory(monkeypatch, free=8)
+    assert "none of this is enough" in run_main(train_lora, *plan_flags)
+    printed = run_main(train_lora, *plan_flags, *f"{CHECKPOINTING} {IN_4BIT} --max_length 500".split())
+    assert list(read_remedies(printed))[:2] == [ONE_ROW, "--max_length 250"]
+
+
+def test_4bit_saves_on_the_linear_layers_only() -> None:
+    model = get_peft_model(make_model(tie_word_embeddings=False), LoraConfig(target_modules=["q_proj"]))
+    weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)  # 2 layers: q and o, k and v, MLP
+    assert dry_run.bytes_saved_in_4bit(model) == int(weights * (4 - 0.55))
+
+
+def test_memory_runs_out_in_the_dry_run(run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on more than 350 tokens fail: the activations of all are computed from those of half a row."""
+    original = Trainer.training_step
+    limit = 350
+
+    def run_out(self: Trainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object) -> torch.Tensor:
+        if inputs["input_ids"].numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", run_out)
+    printed = run_main(train_lora, *plan_flags)
+    computed = re.findall(r"^  (\S+) +[\d.]+  computed, as only 300 of the tokens fit$", printed, flags=re.M)
+    assert computed == ["activations", "peak"]
+    assert "it does not fit into the " in printed  # even if the device has more: it did run out
+    assert read_remedies(printed).keys() == {CHECKPOINTING, IN_4BIT, ONE_ROW, HALF}
+    with monkeypatch.context() as patch:
+        set_memory(patch, free=100, tokens=500)
+        plan = read_plan(run_main(train_lora, *plan_flags))
+    assert plan["activations"] == 24 and plan["peak"] == 32
+    limit = 3
+    message = run_main(train_lora, *plan_flags, expected=1)
+    assert "2.00 GiB more were needed" in message and CHECKPOINTING in message
+
+
+def test_activations_grow_with_the_tokens() -> None:
+    step = dry_run.Measurement(100, before=1, training=2, activations=30, logits=4, kept=5, seconds=6)
+    assert step.peak() == 42 and step.scaled(200) == (200, 1, 2, 60, 4, 5, 12) and step.scaled(200).peak() == 72
 
 
 def test_out_of_memory_message(
