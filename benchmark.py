@@ -14,6 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finetuning.cli.console import fail, say, warn  # before peft, whose import is noisy
+
+# isort: split
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -34,7 +37,6 @@ from finetuning.benchmarking.table import (
     show_results,
 )
 from finetuning.cli.arguments import ModelArguments, ScriptParser
-from finetuning.cli.console import fail, say, warn
 from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
 from finetuning.preprocessing.prompts import pad_token_id
 from finetuning.training.flags import Arguments, parse_arguments

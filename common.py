@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuning.cli.console import fail  # before peft, whose import is noisy
+
+# isort: split
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -31,7 +34,6 @@ from finetuning.adapter.base_model import (
 from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
 from finetuning.cli.arguments import ModelArguments
-from finetuning.cli.console import fail
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config

@@ -14,6 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetuning.cli.console import fail, say, warn  # before peft, whose import is noisy
+
+# isort: split
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -21,7 +24,6 @@ from common import load_model, load_tokenizer
 from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
 from finetuning.cli.arguments import ModelArguments, beside_scripts
-from finetuning.cli.console import fail, say, warn
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.chat import chat
 from finetuning.generation.evaluate import answer_instruction, answer_rows

@@ -7,13 +7,15 @@ Without arguments it trains models/tiny-qwen on data/train.json, in under a minu
 
 from dataclasses import dataclass
 
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
+
+# isort: split
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
-from finetuning.cli.console import fail, say
 from finetuning.cli.memory import memory_advice
 from finetuning.training.dry_run import memory_flags
 from finetuning.training.flags import parse_arguments

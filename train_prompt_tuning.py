@@ -8,6 +8,9 @@ Without arguments it trains models/tiny-qwen on data/train.json, in about a minu
 
 from dataclasses import dataclass
 
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
+
+# isort: split
 import torch
 from peft import PromptTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
-from finetuning.cli.console import fail, say
 from finetuning.cli.memory import memory_advice
 from finetuning.training.dry_run import memory_flags
 from finetuning.training.flags import parse_arguments

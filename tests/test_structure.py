@@ -76,3 +76,20 @@ def test_scripts_run_from_any_folder(tmp_path: Path) -> None:
     assert (tmp_path / "outputs/lora/adapter_model.safetensors").exists()
     next_command = result.stdout.strip().splitlines()[-1]
     assert next_command.startswith(f"python {REPOSITORY / 'inference.py'} --adapter_path outputs/lora ")
+
+
+@pytest.mark.parametrize("script", ["train_lora", "train_prompt_tuning", "inference", "benchmark"])
+def test_bitsandbytes_is_silenced_before_it_is_imported(script: str) -> None:
+    """On some processors its remark on `gemm_4bit_forward` would be the first line that a newcomer sees."""
+    code = (
+        "import builtins, logging\n"
+        "original, logger = builtins.__import__, logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "def watched(name, *rest, **more):\n"
+        "    noisy = name.split('.')[0] in ('peft', 'bitsandbytes')\n"
+        "    assert not noisy or not logger.isEnabledFor(logging.WARNING), name\n"
+        "    return original(name, *rest, **more)\n"
+        f"builtins.__import__ = watched\nimport {script}, sys\nprint('bitsandbytes' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert result.stdout == "True\n", result.stderr

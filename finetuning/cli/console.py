@@ -1,10 +1,14 @@
 """What the scripts say: lines on stdout, warnings on stderr, and one message if a run cannot continue."""
 
+import logging
 import os
 import shlex
 import sys
 from io import TextIOWrapper
 from typing import Any, NoReturn
+
+# On some processors bitsandbytes warns, when peft imports it, that it lacks a faster kernel. That does no harm.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
