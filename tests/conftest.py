@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests check what happens without a GPU
+if "GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests check what happens without a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # also in child processes: threads of several processes wait for each other
 
 import torch

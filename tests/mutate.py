@@ -101,7 +101,7 @@ MUTANTS = [
     Mutant("finetuning/training/flags.py", "if flags.bf16 and on_cuda and not has_bf16:", "if flags.bf16 and not has_bf16:", "test_devices emulated"),
     Mutant("finetuning/training/flags.py", 'flags.accelerator_config = {"non_blocking": True}', "pass", "test_devices gpus"),
     Mutant("finetuning/training/flags.py", "flags.liger_kernel_config = LIGER_KERNELS", "pass", "test_devices liger"),
-    Mutant("finetuning/training/flags.py", "    allow_expandable_segments()\n", "", "test_devices expandable"),
+    Mutant("finetuning/cli/arguments.py", "        allow_expandable_segments()\n", "", "test_devices expandable"),
     Mutant("finetuning/training/flags.py", 'if sys.platform != "win32" and not any(', "if not any(", "test_devices expandable"),
     Mutant("finetuning/training/flags.py", "and not any(name in os.environ for name in names):", ":", "test_devices expandable"),
     Mutant("finetuning/training/flags.py", "if torch.accelerator.is_available() else", "if False else", "test_devices gpus"),

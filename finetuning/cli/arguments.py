@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from finetuning.cli.console import end_quietly_on_interrupt, fail, print_any_text
+from finetuning.cli.memory import allow_expandable_segments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,7 @@ class ScriptParser(HfArgumentParser):
         """Read the command line (`sys.argv` if `argv` is None) and refuse flags that do not exist."""
         end_quietly_on_interrupt()
         print_any_text()
+        allow_expandable_segments()
         warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation notices not meant for users
         namespace, unknown = self.parse_known_args(argv)
         for word in unknown:

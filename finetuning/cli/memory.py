@@ -1,5 +1,6 @@
 """Memory: how much of a device is in use, and what to do if there is not enough."""
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,16 @@ from finetuning.cli.console import fail
 GIB = 2**30
 # What torch, the kernel, cuBLAS and cuDNN say when memory runs out. Not all of them raise torch.OutOfMemoryError.
 OUT_OF_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+def allow_expandable_segments() -> None:
+    """Let CUDA's allocator grow its segments, so that rows of many lengths leave few gaps, unless the user set it up.
+
+    PyTorch reads the variable when it first allocates. On Windows it has no such segments.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform != "win32" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def used_memory(device: torch.device) -> int:

@@ -33,6 +33,10 @@ FEWEST_TOKENS = 16  # to measure on
 UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
 
 
+# With checkpointing, the inputs of the layers wait in main memory for the backward pass.
+OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
+
+
 class StepMeter(TrainerCallback):
     """Records each step's starting memory, peak memory and duration."""
 
@@ -70,11 +74,17 @@ def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
         one_row.append("--per_device_eval_batch_size 1")
     flags = {
         "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",
+        "offload": OFFLOAD if can_offload(args.training) else "",
         "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
         "one row": " ".join(one_row),
         "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
     }
     return {name: flag for name, flag in flags.items() if flag}
+
+
+def can_offload(args: TrainingArguments) -> bool:
+    used = (args.gradient_checkpointing_kwargs or {}).get("offload")
+    return args.gradient_checkpointing and args.device.type == "cuda" and not used
 
 
 class Measurement(NamedTuple):
@@ -148,9 +158,11 @@ def print_remedies(model: PeftModel, lengths: list[int], args: Arguments, step: 
     config = model.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size * model.get_input_embeddings().weight.element_size()
     # A step keeps the activations of all layers, and works on about two more. With checkpointing it keeps those of one.
-    checkpointed = step.activations * 3 // (layers + 2) + layers * step.tokens * width  # and the input of each layer
+    inputs = layers * step.tokens * width
+    checkpointed = step.activations * 3 // (layers + 2) + inputs  # and the input of each layer
     shares = {  # of the activations
         "checkpointing": min(1, checkpointed / max(1, step.activations)),
+        "offload": max(0, 1 - inputs / max(1, step.activations)),
         "one row": max(lengths) / step.tokens,
         "half length": sum(min(length, max(lengths) // 2) for length in lengths) / step.tokens,
     }

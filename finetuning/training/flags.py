@@ -1,7 +1,5 @@
 """The flags of the training scripts, checked before anything is loaded."""
 
-import os
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -70,7 +68,6 @@ def parse_arguments(
     Raises:
         SystemExit: code 2, for a flag or value that cannot be used.
     """
-    allow_expandable_segments()
     parser = ScriptParser((ModelArguments, DataArguments, method_arguments, TrainingArguments), description)
     parser.set_defaults(
         fp16=True,
@@ -118,16 +115,6 @@ def parse_arguments(
         say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
     say(describe_precision(args.training, has_bf16))
     return args
-
-
-def allow_expandable_segments() -> None:
-    """Let CUDA's allocator grow its segments, so that rows of many lengths leave few gaps, unless the user set it up.
-
-    PyTorch reads the variable when it first allocates. On Windows it has no such segments.
-    """
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if sys.platform != "win32" and not any(name in os.environ for name in names):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,18 @@ def test_memory_really_runs_out(tmp_path: Path) -> None:
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr and "out of memory: " in result.stderr
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_offload_is_the_next_step_after_checkpointing_on_a_gpu() -> None:
+    def advised(device: str, kwargs: dict[str, bool] | None, checkpointing: bool = True) -> bool:
+        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1}
+        how = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
+        args = SimpleNamespace(
+            training=SimpleNamespace(**sizes, **how, device=torch.device(device)),
+            data=SimpleNamespace(eval_data_path=None, max_length=100),
+            model=SimpleNamespace(load_in_4bit=True),
+        )
+        return dry_run.OFFLOAD in dry_run.memory_flags(args).values()
+
+    assert advised("cuda", None) and advised("cuda", {"use_reentrant": False})
+    assert not advised("cuda", {"offload": True}) and not advised("cpu", None) and not advised("cuda", None, False)
