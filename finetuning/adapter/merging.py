@@ -120,7 +120,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def is_tied(model: PeftModel) -> bool:
     """Whether the output layer of the base model shares the weights of its embedding."""
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return model.get_base_model().config.get_text_config().tie_word_embeddings
 
 
 def on_disk(name: str, tensors: set[str]) -> str:
