@@ -3,8 +3,9 @@
     python tests/serve_gguf.py path/to/llama.cpp
 
 Trains models/tiny-qwen with both methods, merges, converts, and asks each row of data/test.json twice: as a completion
-of the rendered prompt, and as a chat in the template that the GGUF file holds. It is skipped without llama-cpp-python; the converter,
-which is part of llama.cpp's source, also needs gguf and sentencepiece. Not one of them is a requirement of the project:
+of the rendered prompt, and as a chat in the template that the GGUF file holds. It is skipped without llama-cpp-python;
+the converter, a part of llama.cpp's source, also needs gguf and sentencepiece. None of them is a requirement of the
+project:
 
     pip install llama-cpp-python gguf sentencepiece     # builds llama.cpp: a quarter of an hour on one core
 

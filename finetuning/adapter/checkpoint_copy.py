@@ -206,13 +206,20 @@ def write_generation_config(output: Path, stop_ids: list[int], pad_id: int, samp
     write_json(output / "generation_config.json", config | {"eos_token_id": stop_ids, "pad_token_id": pad_id})
 
 
-def write_template(output: Path, template: str) -> None:
-    """Put a chat template in every place where a program may look for it."""
+def write_template(output: Path, template: str, response: dict[str, Any] | None) -> None:
+    """Put a chat template in every place where a program may look for it.
+
+    Args:
+        response: how an answer is read (transformers' `response_template`); None leaves that to the program.
+    """
     (output / TEMPLATE).write_text(template, encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         content = read_json(output / name)
         if "chat_template" in content:
             write_json(output / name, content | {"chat_template": template})
+    if response:
+        name = output / "tokenizer_config.json"
+        write_json(name, read_json(name) | {"response_template": response})
 
 
 def add_tokens(output: Path, tokens: dict[str, int]) -> None:

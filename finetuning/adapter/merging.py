@@ -29,7 +29,8 @@ from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import PREFIX, TEXT, WEIGHTS, WHOLE, write_for_whole_class
 from finetuning.cli.console import fail, say
 from finetuning.preprocessing.prompts import pad_token_id, stop_token_ids
-from finetuning.preprocessing.served_template import SOFT_TOKEN, serve_template, soft_tokens
+from finetuning.preprocessing.served_template import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
+from finetuning.preprocessing.templates import prompt_format
 
 # Fields of PEFT's LoRA configuration that make an adapter more than a change of the base model's own matrices.
 NOT_MERGED = (
@@ -106,7 +107,8 @@ def write_merged(
     names = soft_tokens(len(soft_ids))
     if names:
         add_tokens(output, dict(zip(names, soft_ids, strict=True)))
-    write_template(output, serve_template(tokenizer.chat_template, names, plain_start))
+    response = PLAIN_RESPONSE if prompt_format(tokenizer) == "plain" else None
+    write_template(output, serve_template(tokenizer.chat_template, names, plain_start), response)
     return soft_ids
 
 

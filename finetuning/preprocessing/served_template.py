@@ -6,6 +6,7 @@ apart into what it writes before and after each message.
 """
 
 import json
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from finetuning.preprocessing.templates import (
     NO_THOUGHT,
     PLAIN_ANSWER,
     PLAIN_MARK,
+    STOP_TOKENS,
     Message,
     prompt_format,
     render,
@@ -28,6 +30,18 @@ SOFT_TOKEN = "<|soft_prompt_"
 # A program that reads a template's output cannot tell the user's words from the template's.
 NO_SOFT_TOKEN = "{%- filter replace('" + SOFT_TOKEN + "', '<| soft_prompt_') %}"
 PLAIN_START = PLAIN_ANSWER.rstrip()  # without the space, which is part of the answer's first token
+# How transformers' own server reads a plain answer. It would look for ChatML in it, and show the prompt too.
+PLAIN_RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor_pattern": r"\Z",  # nothing of an answer stands in its prompt
+    "fields": {
+        "content": {
+            "open_pattern": rf"^(?:{PLAIN_START})? ?",
+            "close_pattern": "|".join(map(re.escape, STOP_TOKENS)),
+            "content": "text",
+        }
+    },
+}
 # What a question may end with. Some tokenizers join such an end and the line break after it into one token.
 ENDS = ("", " ", "\n", ".", "?", "!", ":", ")", '"', "。", "？", "！", "：", "”")
 
