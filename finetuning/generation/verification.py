@@ -4,6 +4,7 @@ It is loaded as any other program would load it, and compared on a few rows: the
 the logits along the answers of base and adapter, and the answers to a left-padded batch.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from transformers import (
 
 from finetuning.cli.console import say
 from finetuning.generation.generate import encode_question, generate, make_generation_config, pad_left
-from finetuning.preprocessing.prompts import stop_token_ids, to_messages
+from finetuning.preprocessing.prompts import to_messages
 from finetuning.preprocessing.rows import load_rows, question
 from finetuning.preprocessing.templates import Message
 
 MAX_NEW_TOKENS = 64
-# What rounding gives: the largest difference of a logit, as a share of the largest one, and the share of equal answers.
-ROUNDING = {torch.float32: (1e-3, 1.0), torch.float16: (2e-2, 0.5), torch.bfloat16: (1e-1, 0.5)}
+# The largest difference of a logit that rounding may give, as a share of the largest logit.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
@@ -68,13 +69,13 @@ class Comparison:
     prompts: int  # that its own template gives as they were trained
     first_tokens: int  # that are the same
     answers: int  # that are the same
+    farthest: float  # of the answers that differ: how much better, as a logit, the expected token was where they part
     rows: int
 
     def is_good(self, dtype: torch.dtype) -> bool:
-        """Whether the difference is one of rounding, with weights of this dtype."""
-        difference, answers = ROUNDING[dtype]
-        near = self.difference <= difference * self.scale  # False for NaN
-        return near and self.prompts == self.rows and self.answers >= answers * self.rows
+        """Whether all differences are those of rounding, with weights of this dtype."""
+        rounding = ROUNDING[dtype] * self.scale
+        return self.prompts == self.rows and self.difference <= rounding and self.farthest <= 2 * rounding
 
     def print(self, name: str) -> None:
         """Print the numbers.
@@ -82,10 +83,11 @@ class Comparison:
         Args:
             name: what was compared with what.
         """
+        parted = f" (where others part, the expected token led by {self.farthest:.2g})"
         say(
             f"{name}, {self.rows} rows: largest logit difference {self.difference:.2g} (largest logit "
             f"{self.scale:.3g}), equal prompts {self.prompts}, equal first tokens {self.first_tokens}, equal answers "
-            f"{self.answers}"
+            f"{self.answers}{parted if self.answers < self.rows else ''}"
         )
 
 
@@ -108,8 +110,7 @@ def compare(
     ).to(model.device)
     length, limit = served.input_ids.shape[1], MAX_NEW_TOKENS - len(plain_start)
     found = model.generate(**served, max_new_tokens=limit, do_sample=False, repetition_penalty=1.0)
-    stops = stop_token_ids(tokenizer)
-    result = Comparison(0.0, 0.0, 0, 0, 0, len(reference.answers))
+    result = Comparison(0.0, 0.0, 0, 0, 0, 0.0, len(reference.answers))
     for number, (prompt, answer, expected) in enumerate(
         zip(reference.prompts, reference.answers, reference.logits, strict=True)
     ):
@@ -119,13 +120,18 @@ def compare(
         logits = logits_of_answer(model, row, len(answer))[:, : expected.shape[1]]
         real = torch.ones(expected.shape[1], dtype=torch.bool)
         real[[token for token in soft_ids if token < len(real)]] = False
-        result.difference = max(result.difference, (logits - expected)[:, real].abs().max().item())
+        difference = (logits - expected)[:, real].abs().nan_to_num(nan=math.inf)
+        result.difference = max(result.difference, difference.max().item())
         result.scale = max(result.scale, expected.abs().max().item())
         written = plain_start + found[number, length:].tolist()
         first = min(len(plain_start), len(answer) - 1)
         result.first_tokens += written[first] == answer[first]
-        end = next((place for place, token in enumerate(written) if token in stops), len(written) - 1)
-        result.answers += written[: end + 1] == answer
+        parting = [place for place, pair in enumerate(zip(written, answer, strict=False)) if pair[0] != pair[1]]
+        result.answers += not parting
+        if parting:
+            scores, token = expected[parting[0]], written[parting[0]]
+            lead = (scores.max() - scores[token]).item() if token < len(scores) else math.inf
+            result.farthest = max(result.farthest, lead)
     return result
 
 
