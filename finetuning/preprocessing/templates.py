@@ -38,6 +38,7 @@ PLAIN_TEMPLATE = (
 """
 )
 PLAIN_ANSWER = "\nOutput: "  # how a plain answer begins
+MERGED_MARK = "{#- merged: as trained #}"  # in the template of a merged checkpoint
 
 # What Qwen models end on. A base model reloads with <|endoftext|> alone, so generation always gets both (Qwen3#927).
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -57,8 +58,10 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Give the tokenizer the chat template of the format `auto`, `chat` or `plain`, without thinking.
 
     A base Qwen has not been trained to end a turn with <|im_end|>, and LoRA on its attention cannot teach it
-    (Qwen3#1064), so `auto` follows the tokenizer's end token.
+    (Qwen3#1064), so `auto` follows the tokenizer's end token. The template of a merged checkpoint stays as it is.
     """
+    if name == "auto" and isinstance(tokenizer.chat_template, str) and MERGED_MARK in tokenizer.chat_template:
+        return
     if name == "auto":
         name = "chat" if tokenizer.eos_token == "<|im_end|>" else "plain"
     if name == "plain":

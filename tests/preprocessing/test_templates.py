@@ -8,7 +8,7 @@ from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer
 
 from common import preprocess, preprocess_function
 from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, split_turns
-from finetuning.preprocessing.rows import load_rows
+from finetuning.preprocessing.rows import load_rows, question
 from finetuning.preprocessing.templates import is_thinking, read_answer, set_prompt_format, set_thinking, split_thought
 from finetuning.preprocessing.thoughts import choose_mode
 
@@ -141,3 +141,9 @@ def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         choose_mode(tokenizer, data.rows, "on")
     assert "--thinking on: no row of" in capsys.readouterr().err
+
+
+def test_a_question_has_neither_answer_nor_thought() -> None:
+    assert question(THOUGHT) == {"instruction": "Go"}
+    messages = [*USER, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]
+    assert question({"messages": messages}) == {"messages": USER}
