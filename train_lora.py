@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
-from finetuning.training.dry_run import memory_flags
-from finetuning.training.flags import parse_arguments
+from finetuning.training.flags import memory_flags, parse_arguments
 
 
 @dataclass

@@ -25,16 +25,12 @@ from finetuning.cli.memory import (
     used_memory,
 )
 from finetuning.preprocessing.prompts import IGNORE_INDEX
-from finetuning.training.flags import Arguments
+from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.trainer import make_trainer
 
 BYTES_IN_4BIT = 0.55  # of a weight, with its share of the scales and of the one matrix that is in half precision
 FEWEST_TOKENS = 16  # to measure on
 UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
-
-
-# With checkpointing, the inputs of the layers wait in main memory for the backward pass.
-OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
 
 
 class StepMeter(TrainerCallback):
@@ -58,33 +54,6 @@ class StepMeter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
         self.peaks.append(peak_memory(self.device))
         self.reserved.append(peak_reserved(self.device))
-
-
-def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
-    """The flags that save memory and are not used yet, by what they do, in the order to try them.
-
-    Args:
-        longest: row of the data in tokens, if it is known.
-    """
-    batch, accumulation = args.training.per_device_train_batch_size, args.training.gradient_accumulation_steps
-    one_row = []
-    if batch > 1:
-        one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
-    if args.data.eval_data_path and args.training.per_device_eval_batch_size > 1:
-        one_row.append("--per_device_eval_batch_size 1")
-    flags = {
-        "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",
-        "offload": OFFLOAD if can_offload(args.training) else "",
-        "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
-        "one row": " ".join(one_row),
-        "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
-    }
-    return {name: flag for name, flag in flags.items() if flag}
-
-
-def can_offload(args: TrainingArguments) -> bool:
-    used = (args.gradient_checkpointing_kwargs or {}).get("offload")
-    return args.gradient_checkpointing and args.device.type == "cuda" and not used
 
 
 class Measurement(NamedTuple):

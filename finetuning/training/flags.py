@@ -12,6 +12,8 @@ from finetuning.cli.console import fail, say
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
 LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+# With checkpointing, the inputs of the layers wait in main memory for the backward pass.
+OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
 
 
 @dataclass
@@ -150,3 +152,30 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
     if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")
+
+
+def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
+    """The flags that save memory and are not used yet, by what they do, in the order to try them.
+
+    Args:
+        longest: row of the data in tokens, if it is known.
+    """
+    batch, accumulation = args.training.per_device_train_batch_size, args.training.gradient_accumulation_steps
+    one_row = []
+    if batch > 1:
+        one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
+    if args.data.eval_data_path and args.training.per_device_eval_batch_size > 1:
+        one_row.append("--per_device_eval_batch_size 1")
+    flags = {
+        "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",
+        "offload": OFFLOAD if can_offload(args.training) else "",
+        "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
+        "one row": " ".join(one_row),
+        "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
+    }
+    return {name: flag for name, flag in flags.items() if flag}
+
+
+def can_offload(args: TrainingArguments) -> bool:
+    used = (args.gradient_checkpointing_kwargs or {}).get("offload")
+    return args.gradient_checkpointing and args.device.type == "cuda" and not used

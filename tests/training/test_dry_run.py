@@ -17,6 +17,7 @@ import train_lora
 import train_prompt_tuning
 from finetuning.cli.memory import GIB
 from finetuning.training import dry_run
+from finetuning.training.flags import OFFLOAD, memory_flags
 
 
 def read_plan(printed: str) -> dict[str, float]:
@@ -219,7 +220,7 @@ def test_offload_is_the_next_step_after_checkpointing_on_a_gpu() -> None:
             data=SimpleNamespace(eval_data_path=None, max_length=100),
             model=SimpleNamespace(load_in_4bit=True),
         )
-        return dry_run.OFFLOAD in dry_run.memory_flags(args).values()
+        return OFFLOAD in memory_flags(args).values()
 
     assert advised("cuda", None) and advised("cuda", {"use_reentrant": False})
     assert not advised("cuda", {"offload": True}) and not advised("cpu", None) and not advised("cuda", None, False)
