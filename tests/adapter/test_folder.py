@@ -60,17 +60,21 @@ def test_a_prompt_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def whole_class(tmp_path: Path) -> str:
+    return save_whole_class(tmp_path / "model")
+
+
+def save_whole_class(folder: Path) -> str:
     """A checkpoint as released since Qwen3.5: text, vision, and `mtp` weights that transformers ignores."""
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
     text = make_model("qwen3_5_text").config.to_dict()
     torch.manual_seed(0)
     model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    file = tmp_path / "model/model.safetensors"
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    file = folder / "model.safetensors"
     save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(2, 2)}, file, metadata={"format": "pt"})
-    return str(tmp_path / "model")
+    return str(folder)
 
 
 @pytest.mark.parametrize(
