@@ -163,8 +163,8 @@ def write_weights(folder: Path, output: Path, changes: dict[str, Change], dtype:
             metadata = file.metadata() or {"format": "pt"}
             for name in file.keys():
                 old = file.get_tensor(name)
-                new = changes[name](old) if name in changes else {name: old}
                 wanted = dtype if dtype and old.is_floating_point() else old.dtype
+                new = changes[name](old.to(wanted)) if name in changes else {name: old}
                 tensors |= {key: tensor.to("cpu", wanted).contiguous() for key, tensor in new.items()}
                 if (name in changes or wanted != old.dtype) and not all(tensors[key].isfinite().all() for key in new):
                     fail(f"{name} would be NaN, or too large for {str(wanted)[6:]}; try --dtype bfloat16")

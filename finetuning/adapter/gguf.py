@@ -37,7 +37,9 @@ def write_gguf(converter: Path, folder: str, dtype: torch.dtype, modelfile: str 
         file.unlink(missing_ok=True)
         reason = (result.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         fail(
-            f"{CONVERTER} failed: {reason}\nThe checkpoint in {folder} is whole; --llama_cpp needs: pip install gguf", 1
+            f"{CONVERTER} failed: {reason}\n"
+            f"The checkpoint in {folder} is whole; the converter needs: pip install gguf sentencepiece",
+            1,
         )
     say(f"{file}: {file.stat().st_size / 2**20:,.1f} MB")
     if modelfile is None:

@@ -253,13 +253,13 @@ def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, tied: bool, 
     embedding = embedding_name(tensors)
 
     def embed(old: torch.Tensor) -> dict[str, torch.Tensor]:
-        new = pad(old.float(), (0, 0, 0, rows - len(old)))
-        new[used : used + len(prompt)] = prompt.float()
+        new = pad(old, (0, 0, 0, rows - len(old)))
+        new[used : used + len(prompt)] = prompt.to(new.dtype)
         return {embedding: new} | (answer(old) if tied else {})
 
     def answer(old: torch.Tensor) -> dict[str, torch.Tensor]:
-        new = pad(old.float(), (0, 0, 0, rows - len(old)))
-        new[used : used + len(prompt)] = new[len(old) :] = never_answered(old, used)
+        new = pad(old, (0, 0, 0, rows - len(old)))
+        new[used : used + len(prompt)] = new[len(old) :] = never_answered(old, used).to(new.dtype)
         return {HEAD: new}
 
     return {embedding: embed, HEAD: drop if tied else answer} if HEAD in tensors else {embedding: embed}
