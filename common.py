@@ -1,6 +1,5 @@
 """What the scripts share, in the order a run uses it: load, preprocess, train."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from finetuning.cli.console import fail  # before peft, whose import is noisy
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,19 +37,14 @@ from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
-from finetuning.preprocessing.label_words import labels_by_task, warn_about_labels
-from finetuning.preprocessing.prompts import (
-    IGNORE_INDEX,
-    encode_messages,
-    pad_token_id,
-    split_turns,
-    stop_token_ids,
-    to_messages,
-)
+from finetuning.preprocessing.label_words import warn_about_labels
+from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
 from finetuning.preprocessing.rows import Rows, load_rows
-from finetuning.preprocessing.summary import print_summary
+from finetuning.preprocessing.summary import Summary, print_summary
 from finetuning.preprocessing.templates import set_prompt_format
-from finetuning.preprocessing.thoughts import choose_mode, keep_or_remove_thoughts
+from finetuning.preprocessing.thoughts import choose_mode, use_of_thoughts, without_thoughts
+from finetuning.preprocessing.token_cache import TokenCache
+from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     RUN_SETTINGS,
@@ -138,52 +131,71 @@ def training_dtype(training_args: TrainingArguments) -> torch.dtype:
 
 @dataclass
 class Data:
-    """A data file, read once: its rows, and the dataset that the model trains on."""
+    """Rows to train or evaluate on: their tokens, what is known of them, and what answers are compared with."""
 
-    rows: Rows
     dataset: Dataset
+    summary: Summary
+    rows: Rows | None = None  # with their texts; None if they are not to be answered
 
 
 def preprocess_function(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[int]]:
-    """Turn one row into what the model trains on.
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int]]]:
+    """Turn rows into what the model trains on.
+
+    Args:
+        rows: in the form of `schema.read_row`.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, all of the same length, at most `max_length`. `labels` are the
-        input_ids of the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on
-        the right, and then ends without a stop token.
+        For each row `input_ids` and `labels`, of the same length, at most `max_length`. `labels` are the input_ids of
+        the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on the right, and
+        then ends without a stop token.
     """
-    input_ids, labels = encode_messages(to_messages(row, tokenizer), tokenizer)
-    input_ids, labels = input_ids[:max_length], labels[:max_length]
-    return {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels}
+    conversations = [to_messages(row, tokenizer) for row in rows]
+    return [
+        {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+        for input_ids, labels in encode_conversations(conversations, tokenizer)
+    ]
 
 
 def preprocess(
-    path: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int, thinking: str = "auto"
-) -> Data | None:
-    """Read, check and tokenise a data file, and print how many rows were kept, cut and dropped.
+    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, thinking: str = "auto", **options: Any
+) -> Data:
+    """Read, check and tokenise data files, and print how many rows were kept, cut and dropped.
 
     Args:
         thinking: "off" leaves the thoughts of the rows out.
+        options: those of `make_dataset`.
 
     Returns:
-        The rows, and a dataset with the columns of `preprocess_function` and `row_number`, counted from 1 in the file.
-        A conversation whose earlier turns the template rewrites gives one example for each answer. None without a path.
+        A dataset with the columns of `preprocess_function`, `length`, and `row_number`, counted from 1. A conversation
+        whose earlier turns the template rewrites gives one example for each answer.
     """
-    if path is None:
-        return None
-    rows = load_rows(path)
-    keep_or_remove_thoughts(rows, tokenizer, thinking)
-    examples, counts, stop_ids = [], Counter(), stop_token_ids(tokenizer)
-    for number, row in enumerate(tqdm(rows, desc=f"tokenizing {path}", leave=False), 1):
-        parts = [preprocess_function(part, tokenizer, max_length) for part in split_turns(row, tokenizer)]
-        learnt = [part for part in parts if any(label != IGNORE_INDEX for label in part["labels"])]
-        examples += [part | {"row_number": number} for part in learnt]
-        whole = all(part["input_ids"][-1] in stop_ids for part in parts)
-        counts["dropped" if not learnt else "whole" if whole else "cut"] += 1
-    print_summary(rows, counts, len(examples), max_length)
-    return Data(rows, Dataset.from_list(examples))
+    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking, options.pop("rename", {}))
+    dataset, summary = make_dataset(path, tokenize_chunk, **options)
+    print_summary(summary, max_length, use_of_thoughts(tokenizer, thinking))
+    return Data(dataset, summary)
+
+
+def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
+    """The rows to train on, and those to evaluate on: of a file of their own, or a share of the others."""
+    data, thinking = args.data, args.data.thinking
+    cache = TokenCache(data.token_cache_dir, data.token_cache_gb, args.training.local_process_index == 0)
+    options = {"rename": data.rename(), "num_workers": data.preprocessing_num_workers, "cache": cache}
+    train = preprocess(data.data_path, tokenizer, data.max_length, thinking, max_rows=data.max_rows, **options)
+    if data.eval_split:
+        train.dataset, held_out = split_rows(train.dataset, data.eval_split, args.training.seed)
+        evaluation, path, numbers = Data(held_out, train.summary), data.data_path, set(held_out["row_number"])
+    elif data.eval_data_path:
+        path, numbers = data.eval_data_path, None
+        evaluation = preprocess(path, tokenizer, data.max_length, thinking, **options)
+    else:
+        return train, None
+    if data.eval_metrics and args.training.should_save:
+        evaluation.rows = load_rows(path, rename=data.rename(), numbers=numbers)
+        if thinking == "off":
+            evaluation.rows[:] = map(without_thoughts, evaluation.rows)
+    return train, evaluation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,15 +216,15 @@ def train(
             run cannot be resumed.
     """
     prepare_adapter(model)
-    choose_mode(tokenizer, train_data.rows, args.data.thinking)
-    warn_about_labels(train_data.rows)
+    choose_mode(tokenizer, train_data.summary, args.data.thinking)
+    warn_about_labels(train_data.summary.labels())
     print_first_row(train_data.dataset, tokenizer)
     if args.data.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
     train_and_save(model, tokenizer, train_data, eval_data, args)
-    if eval_data and args.data.eval_metrics and args.training.should_save:
-        evaluate(model, tokenizer, eval_data.rows, labels_by_task(train_data.rows), args.training)
+    if eval_data and eval_data.rows is not None:
+        evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
     upload_adapter(args.training)
     print_next_command(args.training.output_dir)
 
@@ -224,7 +236,7 @@ def train_and_save(
     output_dir = args.training.output_dir
     settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
     settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
-    files = describe_adapter(model, tokenizer, train_data.rows, settings)
+    files = describe_adapter(model, tokenizer, train_data.summary, settings)
     checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
     if args.training.should_save:
         clear_output_dir(output_dir, args.data.overwrite_output_dir)

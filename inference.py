@@ -32,7 +32,7 @@ from finetuning.generation.generate import make_generation_config
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.preprocessing.label_words import choose_labels
-from finetuning.preprocessing.rows import Rows, load_rows, question
+from finetuning.preprocessing.rows import Rows, count_unread, load_rows, print_unread, question
 from finetuning.preprocessing.templates import is_thinking
 
 SAMPLE_ROWS = 8
@@ -70,6 +70,7 @@ def load_for_inference(
 def read_questions(args: InferenceArguments) -> Rows:
     """The rows of the data file that are to be answered; without a file, the first few sample rows."""
     rows = load_rows(args.data_path or beside_scripts("data/test.json"), output_required=False)
+    print_unread(rows.path, count_unread(rows))
     if args.tasks:
         rows[:] = [row for row in rows if row.get("task") in args.tasks.split(",")]
         if not rows:

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.training.flags import memory_flags, parse_arguments
@@ -76,8 +76,7 @@ def main() -> None:
     args = parse_arguments(LoraArguments, __doc__, output_dir="outputs/lora", learning_rate=3e-4)
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
-    train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length, args.data.thinking)
-    eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length, args.data.thinking)
+    train_data, eval_data = load_data(args, tokenizer)
     model = load_model(args.model, training_dtype(args.training), args.training.device)
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = get_peft_model(model, build_lora_config(args.method, model))

@@ -15,7 +15,7 @@ import torch
 from peft import PromptTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import load_model, load_tokenizer, preprocess, start_run, train, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
@@ -86,8 +86,7 @@ def main() -> None:
     args = parse_arguments(PromptTuningArguments, __doc__, output_dir="outputs/prompt_tuning", learning_rate=3e-2)
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
-    train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length, args.data.thinking)
-    eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length, args.data.thinking)
+    train_data, eval_data = load_data(args, tokenizer)
     model = load_model(args.model, training_dtype(args.training), args.training.device)
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = add_soft_prompt(model, tokenizer, args.method)

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from common import preprocess_function
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.training.callbacks import StopOnSignal
@@ -142,15 +143,17 @@ def make_soft(model_type: str = "qwen2", cls: type = SoftPromptModel) -> PeftMod
     return model.eval()
 
 
+def preprocess_row(row: dict[str, Any], tokenizer: Qwen2Tokenizer, max_length: int) -> dict[str, list[int]]:
+    return preprocess_function([row], tokenizer, max_length)[0]
+
+
 def make_rows(lengths: tuple[int, ...] = (9, 3, 14, 6), seed: int = 1) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths:
         ids = torch.randint(0, 256, (length,), generator=generator).tolist()
         prompt = length // 2
-        rows.append(
-            {"input_ids": ids, "attention_mask": [1] * length, "labels": [IGNORE_INDEX] * prompt + ids[prompt:]}
-        )
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "length": length})
     return rows
 
 

@@ -27,11 +27,9 @@ from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 from finetuning.cli.memory import is_out_of_memory
-from finetuning.preprocessing.label_words import labels_by_task
 from finetuning.preprocessing.prompts import stop_token_ids
-from finetuning.preprocessing.rows import Rows
+from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
-from finetuning.preprocessing.thoughts import mostly_thoughts
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
 KINDS = ("LORA", "PROMPT_TUNING")
@@ -40,12 +38,12 @@ SCRATCH = ".saving"  # prefix of folders still being written
 
 
 def describe_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, settings: dict[str, Any]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, summary: Summary, settings: dict[str, Any]
 ) -> dict[str, str]:
     """The texts to save beside an adapter's weights, by file name: its prompt format, and what inference must match.
 
     Args:
-        rows: the training rows.
+        summary: of the training rows.
         settings: of the run, which a resumed run must share.
     """
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -56,10 +54,10 @@ def describe_adapter(
         "quantization": quantization(model),
         "prompt_format": prompt_format(tokenizer),
         "stop_token_ids": stop_token_ids(tokenizer),
-        "thinking": mostly_thoughts(rows),
-        "labels": labels_by_task(rows),
+        "thinking": summary.mostly_thoughts(),
+        "labels": summary.labels(),
         "command": shlex.join(["python", *sys.argv]),
-        "data_sha256": rows.sha256,
+        "data_sha256": summary.sha256,
         "settings": settings,
         "versions": {name: version(name) for name in libraries},
     }

@@ -66,7 +66,7 @@ def count_kept_bytes(
     model = make_model(shape, layers, method)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = FlattenCollator()([{name: [1] * tokens for name in ("input_ids", "attention_mask", "labels")}])
+    batch = FlattenCollator()([{name: [1] * tokens for name in ("input_ids", "labels")}])
     labels = batch.pop("labels")
     chunked = ChunkedLoss(model.get_base_model().get_output_embeddings())
     storages = {}

@@ -67,4 +67,4 @@ def random_rows(count: int, length: int) -> Dataset:
     """Rows of `length` random tokens, all of which are supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 4000, (count, length), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": row, "attention_mask": [1] * length, "labels": row} for row in ids])
+    return Dataset.from_list([{"input_ids": row, "labels": row, "length": length} for row in ids])

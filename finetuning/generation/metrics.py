@@ -29,7 +29,7 @@ def report(
 
     Args:
         predictions: for each row `prediction`, and `cut` if the answer did not end.
-        labels: the label words of each task in the training data, from `labels_by_task`.
+        labels: the label words of each task in the training data, from `Summary.labels`.
         file: gets the same as JSON.
         head: fields to put first in the file.
     """

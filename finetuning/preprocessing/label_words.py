@@ -3,40 +3,67 @@
 import json
 import re
 import unicodedata
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.cli.console import fail, warn
-from finetuning.preprocessing.rows import NO_TASK, by_task, expected_answer
+from finetuning.preprocessing.rows import NO_TASK
 
 # Answers are label words if there are few of them, they are short, and each comes often.
 MOST_LABELS = 200
 LONGEST_LABEL = 40  # characters
 ROWS_PER_LABEL = 3
+MOST_COUNTED = 10_000  # different answers of a task; with more of them they are texts
+
+
+@dataclass
+class AnswerCounts:
+    """The answers of a task: how many, and which, as long as they may be label words."""
+
+    count: int = 0
+    words: dict[str, None] | None = field(default_factory=dict)  # in order of appearance; None if answers are texts
+
+    def add(self, answer: str) -> None:
+        self.count += 1
+        if not 0 < len(answer) <= LONGEST_LABEL or "\n" in answer:
+            self.words = None
+        elif self.words is not None:
+            self.words[answer] = None
+
+    def merge(self, other: "AnswerCounts") -> None:
+        """Add the answers that follow."""
+        self.count += other.count
+        if self.words is None or other.words is None or len(self.words) > MOST_COUNTED:
+            self.words = None
+        else:
+            self.words.update(other.words)
+
+    def labels(self) -> list[str] | None:
+        """The label words; None if the answers are texts, or too few to tell."""
+        if not self.words or len(self.words) < 2 or ROWS_PER_LABEL * len(self.words) > self.count:
+            return None
+        return list(self.words)
 
 
 def find_labels(answers: list[str]) -> list[str] | None:
     """The label words among a task's answers, in order of appearance; None if the answers are texts."""
-    labels = list(dict.fromkeys(answers))
-    few = len(labels) >= 2 and ROWS_PER_LABEL * len(labels) <= len(answers)
-    return labels if few and all(0 < len(label) <= LONGEST_LABEL and "\n" not in label for label in labels) else None
+    counts = AnswerCounts()
+    for answer in answers:
+        counts.add(answer)
+    return counts.labels()
 
 
-def labels_by_task(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The label words of each task that has some."""
-    found = {
-        task: find_labels([expected_answer(rows[number]) or "" for number in numbers])
-        for task, numbers in by_task(rows).items()
-    }
-    return {task: labels for task, labels in found.items() if labels}
+def warn_about_labels(labels: dict[str, list[str]]) -> None:
+    """Name label words that look the same, and tasks with more of them than `--labels auto` knows.
 
-
-def warn_about_labels(rows: list[dict[str, Any]]) -> None:
-    """Name label words that look the same, and tasks with more of them than `--labels auto` knows."""
-    for task, labels in labels_by_task(rows).items():
-        for one, other in look_alikes(labels):
+    Args:
+        labels: of each task.
+    """
+    for task, words in labels.items():
+        for one, other in look_alikes(words):
             warn(f"task '{task}': the answers {one!r} and {other!r} are different label words; is one of them a typo?")
-        if len(labels) > MOST_LABELS:
-            warn(f"task '{task}' has {len(labels)} label words: --labels auto knows at most {MOST_LABELS} of a task")
+        if len(words) > MOST_LABELS:
+            warn(f"task '{task}' has {len(words)} label words: --labels auto knows at most {MOST_LABELS} of a task")
 
 
 def look_alikes(labels: list[str]) -> list[tuple[str, str]]:
@@ -68,7 +95,7 @@ def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list
     """The labels for each row: those given with `--labels` or, with auto, those of its task in the training data.
 
     Args:
-        known: what `labels_by_task` found in the training data.
+        known: what `Summary.labels` found in the training data.
 
     Raises:
         SystemExit: code 2, if there are fewer than two labels, or none are known for a row's task.

@@ -49,25 +49,46 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Turn a conversation into token ids, and mark what the model should learn to write.
+    """`encode_conversations` for one conversation."""
+    return encode_conversations([messages], tokenizer)[0]
+
+
+def encode_conversations(
+    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Turn conversations into token ids, with one call of the tokenizer, and mark what the model should learn to write.
 
     Each prompt and each answer is tokenised separately, so that no token spans both, and the ids of an inference prompt
     are exactly the first ids of its training row. If a template rewrites earlier turns when a new one begins (Qwen3
     removes the thoughts), only the answers after the rewriting are supervised: see `split_turns`.
 
     Args:
-        messages: a conversation. If its last message is the user's, the ids end with the prompt to be answered.
+        conversations: if the last message of one is the user's, its ids end with the prompt to be answered.
 
     Returns:
-        `input_ids`, and `labels` of the same length: IGNORE_INDEX outside the answers.
+        For each conversation `input_ids`, and `labels` of the same length: IGNORE_INDEX outside the answers.
 
     Raises:
         SystemExit: code 2, if the template does not write prompt, answer and stop token one after the other.
     """
+    rendered = [render_parts(messages, tokenizer) for messages in conversations]
+    token_ids = iter(tokenize_all([text for parts in rendered for text, _ in parts], tokenizer))
+    encoded = []
+    for parts in rendered:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for (_, learnt), ids in zip(parts, token_ids):  # noqa: B905 - the ids go on with the next conversation
+            input_ids += ids
+            labels += ids if learnt else [IGNORE_INDEX] * len(ids)
+        encoded.append((input_ids, labels))
+    return encoded
+
+
+def render_parts(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of a conversation in parts, prompts and answers in turn, each with whether it is to be learnt."""
     messages = [guard_message(message, tokenizer) for message in messages]
-    input_ids: list[int] = []
-    labels: list[int] = []
-    done = ""  # the text whose tokens are in input_ids
+    parts: list[tuple[str, bool]] = []
+    done = ""  # the text of the parts
     for end, message in enumerate(messages, 1):
         answer = ""
         if message["role"] == "assistant":
@@ -77,13 +98,10 @@ def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase)
         else:
             continue
         if not prompt.startswith(done):
-            input_ids, labels, done = [], [], ""
-        prompt_ids, answer_ids = tokenize(prompt[len(done) :], tokenizer), tokenize(answer, tokenizer)
-        input_ids += prompt_ids + answer_ids
-        learnt = message.get("weight") != 0
-        labels += [IGNORE_INDEX] * len(prompt_ids) + (answer_ids if learnt else [IGNORE_INDEX] * len(answer_ids))
+            parts, done = [], ""
+        parts += [(prompt[len(done) :], False), (answer, message.get("weight") != 0)]
         done = prompt + answer
-    return input_ids, labels
+    return parts
 
 
 def guard_message(message: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
@@ -108,14 +126,24 @@ def split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of rendered text. Only control tokens that the template wrote become control tokens."""
+    return tokenize_all([text], tokenizer)[0]
+
+
+def tokenize_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """`tokenize` for many texts, with one call of the tokenizer for all words in them."""
     # re.split with a group: words, control token, words, control token, ..., words
-    pieces = special_tokens(tokenizer).split(text)
-    words = [piece.replace(GUARD, "") for piece in pieces[::2]]
-    encoded = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
-    ids = encoded[0]
-    for control, following in zip(pieces[1::2], encoded[1:], strict=True):
-        ids = [*ids, tokenizer.convert_tokens_to_ids(control), *following]
-    return ids
+    pieces = [special_tokens(tokenizer).split(text) for text in texts]
+    words = list({words: None for piece in pieces for words in piece[::2]})  # templates repeat theirs
+    plain = [text.replace(GUARD, "") for text in words]
+    encoded = tokenizer(plain, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    ids_of_words = dict(zip(words, encoded.input_ids, strict=True))
+    token_ids = []
+    for first, *others in pieces:
+        ids = list(ids_of_words[first])
+        for control, following in zip(others[::2], others[1::2], strict=True):
+            ids += [tokenizer.convert_tokens_to_ids(control), *ids_of_words[following]]
+        token_ids.append(ids)
+    return token_ids
 
 
 def mark_answers(input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

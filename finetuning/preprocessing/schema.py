@@ -77,6 +77,10 @@ def read_row(row: Any, output_required: bool) -> dict[str, Any]:
     return row | read_answer("output", row["output"], thought) if "output" in row else row
 
 
+def rename_fields(row: Any, rename: dict[str, str]) -> Any:
+    return row
+
+
 def refuse_other_meanings(fields: dict[str, Any], where: str) -> None:
     for field, reason in REFUSED.items():
         if fields.get(field):

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import fail, say
-from finetuning.preprocessing.rows import Rows
+from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import has_modes, is_thinking, set_thinking
 
 
@@ -21,36 +21,26 @@ def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def mostly_thoughts(rows: list[dict[str, Any]]) -> bool:
-    """Whether more than half of the rows have a thought."""
-    return 2 * sum(map(has_thought, rows)) > len(rows)
-
-
-def keep_or_remove_thoughts(rows: Rows, tokenizer: PreTrainedTokenizerBase, wanted: str) -> None:
-    """Print how many rows have a thought, and what becomes of it; `wanted` off removes it.
+def use_of_thoughts(tokenizer: PreTrainedTokenizerBase, wanted: str) -> str:
+    """What becomes of the thoughts in the rows, in words.
 
     Args:
         wanted: `--thinking`: auto, on or off.
     """
-    count = sum(map(has_thought, rows))
-    if not count:
-        return
-    use = "learnt in thinking mode" if has_modes(tokenizer) else "learnt as a part of it"
     if wanted == "off":
-        use = "left out"
-        rows[:] = map(without_thoughts, rows)
-    say(f"{rows.path}: {count} rows have a thought before their answer: {use}")
+        return "left out"
+    return "learnt in thinking mode" if has_modes(tokenizer) else "learnt as a part of it"
 
 
-def choose_mode(tokenizer: PreTrainedTokenizerBase, rows: Rows, wanted: str) -> None:
+def choose_mode(tokenizer: PreTrainedTokenizerBase, summary: Summary, wanted: str) -> None:
     """Put the chat template, which is saved with the adapter, into the mode that most rows are in, or that is wanted.
 
     Args:
+        summary: of the training rows.
         wanted: `--thinking`: auto, on or off.
     """
-    some = any(map(has_thought, rows))
-    if wanted == "on" and not some:
-        fail(f"--thinking on: no row of {rows.path} has a thought to learn; leave the flag out")
-    set_thinking(tokenizer, wanted == "on" or mostly_thoughts(rows))
-    if some and has_modes(tokenizer):
+    if wanted == "on" and not summary.thoughts:
+        fail(f"--thinking on: no row of {summary.path} has a thought to learn; leave the flag out")
+    set_thinking(tokenizer, wanted == "on" or summary.mostly_thoughts())
+    if summary.thoughts and has_modes(tokenizer):
         say(f"the adapter will be asked to answer {'after' if is_thinking(tokenizer) else 'without'} a thought")

@@ -111,7 +111,6 @@ def name_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 def add_virtual_tokens(row: dict[str, list[int]], count: int) -> dict[str, list[int]]:
     return row | {
         "input_ids": [VIRTUAL_TOKEN] * count + row["input_ids"],
-        "attention_mask": [1] * count + row["attention_mask"],
         "labels": [IGNORE_INDEX] * count + row["labels"],
     }
 

@@ -25,6 +25,7 @@ from finetuning.cli.memory import (
     used_memory,
 )
 from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.token_dataset import row_lengths
 from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.trainer import make_trainer
 
@@ -78,7 +79,7 @@ class Measurement(NamedTuple):
 
 def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args: Arguments) -> None:
     """Take a few steps on the longest rows; print the memory of each part, whether it fits, and the time of the run."""
-    lengths = [len(ids) for ids in train_dataset["input_ids"]]
+    lengths = row_lengths(train_dataset)
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.training.per_device_train_batch_size :]
     rows = [train_dataset[number] for number in longest]
     tokens, learnt = count_tokens(rows), sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
@@ -200,9 +201,7 @@ def halve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The second half of the rows; of a single row its second half, where the answer is."""
     if len(rows) > 1:
         return rows[len(rows) // 2 :]
-    return [
-        rows[0] | {name: rows[0][name][len(rows[0][name]) // 2 :] for name in ("input_ids", "attention_mask", "labels")}
-    ]
+    return [rows[0] | {name: rows[0][name][len(rows[0][name]) // 2 :] for name in ("input_ids", "labels")}]
 
 
 def count_tokens(rows: list[dict[str, Any]]) -> int:

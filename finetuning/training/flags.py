@@ -26,6 +26,8 @@ class DataArguments:
     eval_data_path: str | None = flag(
         None, "rows to evaluate on: the loss after every epoch (or see --eval_strategy), and the metrics at the end"
     )
+    eval_split: float = flag(0.0, "share of the rows of data_path to hold out and evaluate on")
+    max_rows: int | None = flag(None, "read only so many rows of data_path, the first")
     eval_metrics: bool = flag(True, "after training, answer the rows of eval_data_path and score the answers")
     max_length: int = flag(1024, "longest row, in tokens; longer rows are cut at the end")
     prompt_format: str = flag(
@@ -39,6 +41,11 @@ class DataArguments:
         "on: it is asked to think; off: thoughts are left out",
         choices=["auto", "on", "off"],
     )
+    preprocessing_num_workers: int | None = flag(None, "processes that tokenise a large file (default: one a core)")
+    token_cache_dir: str | None = flag(
+        None, "folder for the tokens of large files, to start faster the next time (default: in the cache of datasets)"
+    )
+    token_cache_gb: float = flag(50.0, "size that the token cache may grow to, in GB; the oldest is then removed")
     overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
     dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
     keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")
@@ -46,6 +53,20 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"--max_length {self.max_length}: a row needs at least 2 tokens, a prompt and an answer")
+        if not 0 <= self.eval_split < 1:
+            raise ValueError(f"--eval_split {self.eval_split}: a share of the rows, for example 0.02")
+        if self.eval_split and self.eval_data_path:
+            raise ValueError("--eval_split and --eval_data_path both name rows to evaluate on: leave one of them out")
+        for name in ("max_rows", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+
+    def rename(self) -> dict[str, str]:
+        return {}
+
+    def has_eval_rows(self) -> bool:
+        return bool(self.eval_data_path or self.eval_split)
 
 
 @dataclass
@@ -102,10 +123,11 @@ def parse_arguments(
                 "--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out"
             )
         flags.liger_kernel_config = LIGER_KERNELS
+    has_eval_rows = bool(flags.eval_data_path or flags.eval_split)
     if flags.eval_strategy is None:
-        flags.eval_strategy = "epoch" if flags.eval_data_path else "no"
+        flags.eval_strategy = "epoch" if has_eval_rows else "no"
     if flags.load_best_model_at_end:
-        if not flags.eval_data_path:
+        if not has_eval_rows:
             fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
         if flags.save_strategy == "steps":
             flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
@@ -146,7 +168,7 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
         fail("--activation_checkpointing_kwargs says how to checkpoint: add --gradient_checkpointing True")
     if checkpointing.get("offload") and training_args.device.type != "cuda":
         fail("--activation_checkpointing_kwargs: offload moves activations from a GPU to main memory, and needs a GPU")
-    if training_args.eval_strategy != "no" and not data_args.eval_data_path:
+    if training_args.eval_strategy != "no" and not data_args.has_eval_rows():
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
     if training_args.hub_strategy != "end":
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
@@ -164,7 +186,7 @@ def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
     one_row = []
     if batch > 1:
         one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
-    if args.data.eval_data_path and args.training.per_device_eval_batch_size > 1:
+    if args.data.has_eval_rows() and args.training.per_device_eval_batch_size > 1:
         one_row.append("--per_device_eval_batch_size 1")
     flags = {
         "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",

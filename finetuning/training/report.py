@@ -11,6 +11,7 @@ from finetuning.cli.console import say
 from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.prompts import mark_answers
 from finetuning.preprocessing.templates import prompt_format
+from finetuning.preprocessing.token_dataset import row_lengths
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -27,7 +28,7 @@ def print_speed(
         metrics: of the Trainer's result. Its speed counts all steps of the run.
         share: of the steps that were taken now; the others were taken before the run was resumed.
     """
-    tokens_per_row = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+    tokens_per_row = sum(row_lengths(train_dataset)) / len(train_dataset)
     tokens_per_second = metrics["train_samples_per_second"] * share * tokens_per_row
     say(
         f"trained in {metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "

@@ -100,7 +100,7 @@ def random_rows(seed: int = 0) -> list[dict[str, list[int]]]:
     rows = []
     for length in LENGTHS:
         ids = torch.randint(0, 256, (length + 1,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
+        rows.append({"input_ids": ids, "labels": ids})
     return rows
 
 

@@ -37,7 +37,7 @@ def rows(*answers: str) -> list[dict[str, str]]:
 
 
 def test_words_that_look_the_same_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    warn_about_labels(rows(*["正面", "正面 ", "负面", "Good", "ＧＯＯＤ"] * 3))
+    warn_about_labels({"mood": ["正面", "正面 ", "负面", "Good", "ＧＯＯＤ"]})
     message = capsys.readouterr().err
     assert "'正面' and '正面 ' are different" in message and "'Good' and 'ＧＯＯＤ'" in message
     assert len(message.splitlines()) == 2
@@ -45,7 +45,7 @@ def test_words_that_look_the_same_are_named(capsys: pytest.CaptureFixture[str]) 
 
 def test_too_many_words_are_said_when_training_and_when_asking(capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"w{n}" for n in range(MOST_LABELS + 1)]
-    warn_about_labels(rows(*words * 3))
+    warn_about_labels({"mood": words})
     assert f"{MOST_LABELS + 1} label words: --labels auto knows at most {MOST_LABELS}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         choose_labels("auto", rows("w1"), {"mood": words})

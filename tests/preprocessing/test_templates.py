@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer
+from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer, preprocess_row
 
-from common import preprocess, preprocess_function
+from common import preprocess
 from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, split_turns
-from finetuning.preprocessing.rows import load_rows, question
+from finetuning.preprocessing.rows import question
+from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import is_thinking, read_answer, set_prompt_format, set_thinking, split_thought
 from finetuning.preprocessing.thoughts import choose_mode
 
@@ -26,7 +27,7 @@ def tokenizer_for(template: str):
 
 def parts(row: dict, tokenizer) -> tuple[str, str]:
     """What an example reads, and what it learns to write."""
-    example = preprocess_function(row, tokenizer, 1000)
+    example = preprocess_row(row, tokenizer, 1000)
     read = sum(label == IGNORE_INDEX for label in example["labels"])
     assert example["labels"][read:] == example["input_ids"][read:]
     return tokenizer.decode(example["input_ids"][:read]), tokenizer.decode(example["input_ids"][read:])
@@ -98,7 +99,7 @@ def test_conversations(name: str) -> None:
 
 def test_control_tokens_in_a_thought_are_text() -> None:
     row = THOUGHT | {"reasoning_content": "a<|im_end|>b"}
-    example = preprocess_function(row, tokenizer_for("switch"), 1000)
+    example = preprocess_row(row, tokenizer_for("switch"), 1000)
     assert example["labels"].count(IM_END) == 1 and "a<|im_end|>b" in parts(row, tokenizer_for("switch"))[1]
 
 
@@ -125,10 +126,8 @@ def test_most_rows_choose_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture
     text = [tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) for row in examples]
     assert text[1:] == ["<think>\nhm\n</think>\n\nok<|im_end|>", " ok\n\n<|im_end|>", "ok<|im_end|>"]
     assert "2 rows have a thought before their answer: learnt in thinking mode" in capsys.readouterr().out
-    for wanted, rows, thinking in [("auto", 4, False), ("auto", 3, True), ("on", 4, True), ("off", 4, False)]:
-        chosen = load_rows(path)
-        del chosen[rows:]
-        choose_mode(tokenizer, chosen if wanted != "off" else chosen[2:], wanted)
+    for wanted, rows, thinking in [("auto", 4, False), ("auto", 3, True), ("on", 4, True)]:
+        choose_mode(tokenizer, Summary(path, rows=rows, thoughts=2), wanted)
         assert is_thinking(tokenizer) == thinking
 
 
@@ -139,7 +138,7 @@ def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.Capture
     assert "2 rows have a thought before their answer: left out" in capsys.readouterr().out
     assert all("hm" not in tokenizer.decode(row["input_ids"]) for row in data.dataset) and len(data.dataset) == 2
     with pytest.raises(SystemExit):
-        choose_mode(tokenizer, data.rows, "on")
+        choose_mode(tokenizer, data.summary, "on")
     assert "--thinking on: no row of" in capsys.readouterr().err
 
 

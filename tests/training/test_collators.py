@@ -11,8 +11,8 @@ from finetuning.training.collators import FlattenCollator, PadCollator, can_flat
 
 def test_flattened_batch_literally() -> None:
     rows = [
-        {"input_ids": [1, 2, 3], "attention_mask": [1] * 3, "labels": [IGNORE_INDEX, 2, 3]},
-        {"input_ids": [4, 5], "attention_mask": [1] * 2, "labels": [4, 5]},
+        {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3]},
+        {"input_ids": [4, 5], "labels": [4, 5]},
     ]
     batch = FlattenCollator()(rows)
     assert batch.pop("use_cache") is False
@@ -30,8 +30,8 @@ def test_flattened_batch_literally() -> None:
 
 def test_padded_batch_literally() -> None:
     rows = [
-        {"input_ids": [1, 2, 3], "attention_mask": [1] * 3, "labels": [IGNORE_INDEX, IGNORE_INDEX, 3]},
-        {"input_ids": [4, 5], "attention_mask": [1] * 2, "labels": [IGNORE_INDEX, 5]},
+        {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, IGNORE_INDEX, 3]},
+        {"input_ids": [4, 5], "labels": [IGNORE_INDEX, 5]},
     ]
     batch = PadCollator(pad_token_id=9)(rows)
     assert batch.pop("use_cache") is False

@@ -217,7 +217,7 @@ def test_offload_is_the_next_step_after_checkpointing_on_a_gpu() -> None:
         how = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
         args = SimpleNamespace(
             training=SimpleNamespace(**sizes, **how, device=torch.device(device)),
-            data=SimpleNamespace(eval_data_path=None, max_length=100),
+            data=SimpleNamespace(has_eval_rows=lambda: False, max_length=100),
             model=SimpleNamespace(load_in_4bit=True),
         )
         return OFFLOAD in memory_flags(args).values()
