@@ -31,7 +31,7 @@ from finetuning.adapter.base_model import (
 )
 from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
-from finetuning.cli.arguments import ModelArguments
+from finetuning.cli.arguments import ModelArguments, renamed_fields
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import answer_rows
 from finetuning.generation.generate import make_generation_config
@@ -181,7 +181,7 @@ def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     """The rows to train on, and those to evaluate on: of a file of their own, or a share of the others."""
     data, thinking = args.data, args.data.thinking
     cache = TokenCache(data.token_cache_dir, data.token_cache_gb, args.training.local_process_index == 0)
-    options = {"rename": data.rename(), "num_workers": data.preprocessing_num_workers, "cache": cache}
+    options = {"rename": renamed_fields(data), "num_workers": data.preprocessing_num_workers, "cache": cache}
     train = preprocess(data.data_path, tokenizer, data.max_length, thinking, max_rows=data.max_rows, **options)
     if data.eval_split:
         train.dataset, held_out = split_rows(train.dataset, data.eval_split, args.training.seed)
@@ -192,7 +192,7 @@ def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     else:
         return train, None
     if data.eval_metrics and args.training.should_save:
-        evaluation.rows = load_rows(path, rename=data.rename(), numbers=numbers)
+        evaluation.rows = load_rows(path, rename=renamed_fields(data), numbers=numbers)
         if thinking == "off":
             evaluation.rows[:] = map(without_thoughts, evaluation.rows)
     return train, evaluation

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from common import load_model, load_tokenizer
 from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
-from finetuning.cli.arguments import ModelArguments, beside_scripts
+from finetuning.cli.arguments import ModelArguments, beside_scripts, renamed_fields
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.chat import chat
 from finetuning.generation.evaluate import answer_instruction, answer_rows
@@ -69,7 +69,8 @@ def load_for_inference(
 
 def read_questions(args: InferenceArguments) -> Rows:
     """The rows of the data file that are to be answered; without a file, the first few sample rows."""
-    rows = load_rows(args.data_path or beside_scripts("data/test.json"), output_required=False)
+    path = args.data_path or beside_scripts("data/test.json")
+    rows = load_rows(path, output_required=False, rename=renamed_fields(args))
     print_unread(rows.path, count_unread(rows))
     if args.tasks:
         rows[:] = [row for row in rows if row.get("task") in args.tasks.split(",")]
@@ -85,6 +86,7 @@ def describe_settings(model_args: ModelArguments, args: InferenceArguments, rows
     names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
     settings = {"model_path": model_args.model_path, "load_in_4bit": model_args.load_in_4bit}
     settings |= {"data_sha256": rows.sha256} | {name: getattr(args, name) for name in names}
+    settings |= {"fields": renamed_fields(args)}
     if args.adapter_path:
         settings["adapter_sha256"] = hashlib.sha256(Path(args.adapter_path, WEIGHTS).read_bytes()).hexdigest()
     return settings
@@ -126,7 +128,7 @@ def print_answers(rows: Rows, predictions: Predictions, labels: dict[str, list[s
     answered = predictions.finish(rows)
     if not args.output_file:
         for row in answered:
-            print(json.dumps(question(row), ensure_ascii=False))
+            print(json.dumps(question(row), ensure_ascii=False, default=str))  # a date of a Parquet file
     metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
     sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
     report(rows, predictions.in_order(), labels, metrics_file, **sources)

@@ -73,7 +73,8 @@ class Predictions:
         if self.file:
             self.file.close()
             whole = Path(self.output_file + ".whole")
-            whole.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered), encoding="utf-8")
+            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answered]  # dates as text
+            whole.write_text("".join(lines), encoding="utf-8")
             os.replace(whole, self.output_file)
             self.partial.unlink()
         return answered

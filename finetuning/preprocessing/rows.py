@@ -1,7 +1,7 @@
 """The rows of data files, checked. How a file is read is in files.py, what a row may be in schema.py."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetuning.cli.console import fail, say
@@ -23,12 +23,12 @@ class Rows(list[dict[str, Any]]):
 def load_rows(
     path: str, output_required: bool = True, rename: dict[str, str] | None = None, numbers: set[int] | None = None
 ) -> Rows:
-    """Read and check rows of data files.
+    """Read and check rows of one or more data files.
 
     Args:
-        path: as in `find_files`.
+        path: a file, a folder, a pattern, or several with commas between: see `files.find_files`.
         output_required: whether each row must hold an answer: yes for training, no for inference.
-        rename: our name of a field, by the name it has in the files.
+        rename: for each field of the files that has another name here, that name: see `schema.rename_fields`.
         numbers: of the rows to read, counted from 1 over all files; None for all rows.
 
     Returns:
@@ -37,16 +37,32 @@ def load_rows(
     Raises:
         SystemExit: code 2, with a line that names the file, the row (counted from 1), the field and the remedy.
     """
-    files = find_files(path)
-    rows = Rows(path, hash_files(files))
-    places = ((f"{file}: {place}", row) for file in files for place, row in read_file(file))
-    for number, (place, row) in enumerate(places, 1):
-        if numbers is None or number in numbers:
-            try:
-                rows.append(read_row(rename_fields(row, rename or {}), output_required))
-            except RowError as error:
-                fail(f"{place}: {error}")
+    files, rename = find_files(path), rename or {}
+    rows, seen = Rows(path, hash_files(files)), Counter()
+    for number, (place, row) in enumerate(read_files(files), 1):
+        if numbers is not None and number not in numbers:
+            continue
+        try:
+            rows.append(read_row(rename_fields(row, rename), output_required))
+        except RowError as error:
+            fail(f"{place}: {error}")
+        seen.update(rename.keys() & row.keys())
+    check_renamed(path, rename, seen)
     return rows
+
+
+def read_files(files: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each row of the files, as it stands there, and its place: the file, and the row or the line."""
+    for file in files:
+        for place, row in read_file(file):
+            yield f"{file}: {place}", row
+
+
+def check_renamed(path: str, rename: dict[str, str], seen: Counter[str]) -> None:
+    """Refuse a flag that names a field which no row has: an input that is misspelt would be missing everywhere."""
+    for name in rename:
+        if not seen[name]:
+            fail(f"{path}: no row has the field '{name}', which --{rename[name]}_field names")
 
 
 def count_unread(rows: Iterable[dict[str, Any]]) -> Counter[str]:

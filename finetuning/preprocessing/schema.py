@@ -7,6 +7,10 @@ An answer may begin with a thought, <think>...</think>, or have it beside it as 
 change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
 """
 
+import json
+import shlex
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from finetuning.preprocessing.templates import split_thought
@@ -26,8 +30,13 @@ REFUSED = dict.fromkeys(("chosen", "rejected"), PREFERENCE)
 REFUSED |= dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS)
 REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA)
 
-# Names that other data sets give to our fields.
-OTHER_NAMES = {"instruction": ("prompt", "question", "query"), "output": ("completion", "answer", "response", "chosen")}
+# Names that other data sets give to our fields, the most telling first: Firefly has kind, input and target, ADGEN has
+# content and summary, Dolly has instruction, context and response.
+OTHER_NAMES = {
+    "instruction": ("prompt", "question", "query", "problem", "content", "input", "text"),
+    "input": ("context",),
+    "output": ("completion", "answer", "response", "target", "summary", "solution", "label"),
+}
 
 
 class RowError(ValueError):
@@ -77,10 +86,6 @@ def read_row(row: Any, output_required: bool) -> dict[str, Any]:
     return row | read_answer("output", row["output"], thought) if "output" in row else row
 
 
-def rename_fields(row: Any, rename: dict[str, str]) -> Any:
-    return row
-
-
 def refuse_other_meanings(fields: dict[str, Any], where: str) -> None:
     for field, reason in REFUSED.items():
         if fields.get(field):
@@ -88,17 +93,76 @@ def refuse_other_meanings(fields: dict[str, Any], where: str) -> None:
 
 
 def check_names(row: dict[str, Any], output_required: bool) -> None:
-    """Require `instruction` and, for training, `output`, and find out what else the fields may be called."""
-    names = ", ".join(map(repr, row)) or "none"
-    for field in ("instruction", "output") if output_required else ("instruction",):
-        if field in row:
-            continue
-        near = [name for name in row if name.lower() == field] + [n for n in OTHER_NAMES[field] if n in row]
-        if near:
-            raise RowError(f"has no '{field}'; rename '{near[0]}' to '{field}'")
-        columnar = any(isinstance(value, list | dict) for value in row.values())
-        hint = "rows must be a plain list, not nested or in columns" if columnar else f"a row is {EXAMPLE}"
-        raise RowError(f"has no '{field}' (its fields: {names}); {hint}")
+    """Require `instruction` and, for training, `output`, or say which flags name what stands for them."""
+    missing = [field for field in ("instruction", "output") if field not in row]
+    if "instruction" in row and (not missing or not output_required):
+        return
+    problem = f"has no '{missing[0]}' (its fields: {list_names(row) or 'none'})"
+    chat = [name for name, value in row.items() if is_conversation(value)]
+    if chat:
+        raise RowError(f"{problem}; add --messages_field {shlex.quote(chat[0])}")
+    flags = suggest_flags(row)
+    if all(f"--{field}_field" in flags for field in missing if field == "instruction" or output_required):
+        raise RowError(f"{problem}; add {flags}")
+    columnar = any(isinstance(value, list | dict) for value in row.values())
+    hint = f"a row is {EXAMPLE}; for other names there are --instruction_field and --output_field"
+    hint = "rows must be a plain list, not nested or in columns" if columnar else hint
+    raise RowError(f"{problem}; {hint}")
+
+
+def suggest_flags(row: dict[str, Any]) -> str:
+    """The flags that name the fields of a row, as far as their names tell what they are."""
+    free = {name.lower(): name for name in row}
+    flags = []
+    for field, names in OTHER_NAMES.items():
+        near = get_close_matches(field, free, cutoff=0.8) + [name for name in names if name in free]
+        name = free.pop(field if free.get(field) == field else near[0]) if near else field
+        if name != field:
+            flags.append(f"--{field}_field {shlex.quote(name)}")
+    return " ".join(flags)
+
+
+def is_conversation(value: Any) -> bool:
+    messages = isinstance(value, list) and value or [None]
+    return all(isinstance(message, dict) and message.keys() & {"role", "from"} for message in messages)
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Field names for a message, on one line that is not too long."""
+    text = ", ".join(map(repr, names))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def rename_fields(row: Any, rename: dict[str, str]) -> Any:
+    """Give a row's fields the names that `read_row` knows.
+
+    Args:
+        row: as it stands in the file.
+        rename: for each name in the file the name here, for example {"question": "instruction"}.
+
+    Returns:
+        A new row with the other fields as they are, or what is no object, for `read_row` to refuse. A row without the
+        field for `input` has no input. A conversation may be JSON text.
+
+    Raises:
+        RowError: for a row without such a field, or with another field of the new name.
+    """
+    if not rename or not isinstance(row, dict):
+        return row
+    for old, new in rename.items():
+        if old not in row and new != "input":
+            raise RowError(
+                f"has no '{old}' (its fields: {list_names(row) or 'none'}); see --{new}_field {shlex.quote(old)}"
+            )
+        if old in row and new in row and new not in rename:
+            raise RowError(f"has '{new}' beside '{old}', which --{new}_field names; remove one, or leave the flag out")
+    row = {rename.get(name, name): value for name, value in row.items()}
+    if "messages" in rename.values() and isinstance(row["messages"], str):
+        try:
+            row["messages"] = json.loads(row["messages"])
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"'messages' is text, and not valid JSON: {error}") from None
+    return row
 
 
 def check_history(history: Any) -> None:
@@ -205,4 +269,5 @@ def describe(value: Any) -> str:
         return f"the boolean {str(value).lower()}"
     if isinstance(value, int | float):
         return f"the number {value}"
-    return {list: "a list", dict: "an object", str: "text"}[type(value)]
+    names = {list: "a list", dict: "an object", str: "text"}
+    return names.get(type(value), f"of the type {type(value).__name__}")  # a date of a Parquet file, for example

@@ -24,6 +24,7 @@ class Summary:
     thoughts_left_out: int = 0
     empty: int = 0  # answers
     unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which means nothing here, by name
+    renamed: Counter[str] = field(default_factory=Counter)  # rows that have a field which a flag names, by name
     tasks: dict[str, AnswerCounts] = field(default_factory=dict)
 
     def add_row(self, row: dict[str, Any]) -> None:
@@ -56,7 +57,7 @@ class Summary:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Summary":
         tasks = {task: AnswerCounts(**answers) for task, answers in values["tasks"].items()}
-        return cls(**values | {"unread": Counter(values["unread"]), "tasks": tasks})
+        return cls(**values | {name: Counter(values[name]) for name in ("unread", "renamed")} | {"tasks": tasks})
 
 
 def print_summary(summary: Summary, max_length: int, learnt_as: str) -> None:

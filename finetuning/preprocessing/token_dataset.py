@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,10 +28,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.cli.console import fail
-from finetuning.preprocessing.files import find_files, hash_files, read_file
+from finetuning.cli.console import fail, say
+from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.prompts import IGNORE_INDEX, split_turns, stop_token_ids
-from finetuning.preprocessing.rows import count_unread
+from finetuning.preprocessing.rows import check_renamed, count_unread, read_files
 from finetuning.preprocessing.schema import RowError, read_row, rename_fields
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.thoughts import has_thought, without_thoughts
@@ -68,13 +68,14 @@ class ChunkTokenizer:
         Raises:
             RowError: for a row that cannot be used; the message names its place.
         """
-        rows = []
+        rows, renamed = [], Counter()
         for place, row in chunk:
             try:
                 rows.append(read_row(rename_fields(row, self.rename), output_required=True))
             except RowError as error:
                 raise RowError(f"{place}: {error}") from None
-        summary = Summary(unread=count_unread(rows))
+            renamed.update(self.rename.keys() & row.keys())
+        summary = Summary(unread=count_unread(rows), renamed=renamed)
         parts: list[dict[str, Any]] = []
         row_numbers: list[int] = []
         for number, row in enumerate(rows, 1):
@@ -130,17 +131,19 @@ def make_dataset(
         SystemExit: code 2, with a line that names the file, the row, the field and the remedy.
     """
     paths = find_files(data_path)
+    if len(paths) > 1:
+        say(f"{data_path}: {len(paths)} files, from {paths[0]} to {paths[-1]}")
     large = sum(Path(path).stat().st_size for path in paths) > SMALL
     workers = (num_workers or count_cores()) if large else 1
 
     def read_tokens(summary: Summary) -> Iterator[pa.RecordBatch]:
-        rows = ((f"{path}: {place}", row) for path in paths for place, row in read_file(path))
-        rows = tqdm(islice(rows, max_rows), desc=f"tokenizing {data_path}", unit=" rows", leave=False)
+        rows = tqdm(islice(read_files(paths), max_rows), desc=f"tokenizing {data_path}", unit=" rows", leave=False)
         try:
             for batch, counts in map_in_order(tokenize_chunk, split_into_chunks(rows), workers):
                 numbers = pc.add(batch["row_number"], summary.rows)
                 yield batch.set_column(batch.schema.get_field_index("row_number"), "row_number", numbers)
                 summary.add(counts)
+            check_renamed(data_path, tokenize_chunk.rename, summary.renamed)
         except RowError as error:
             fail(str(error))
         except BrokenProcessPool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag
+from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag, renamed_fields
 from finetuning.cli.console import fail, say
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
@@ -21,13 +21,19 @@ class DataArguments:
     _argument_group_name = "data and output"
 
     data_path: str = flag(
-        beside_scripts("data/train.json"), "rows to train on, JSON list or JSON Lines: instruction, input, output"
+        beside_scripts("data/train.json"),
+        "rows to train on: a JSON, JSON Lines, CSV, TSV or Parquet file, a folder, a pattern, "
+        "hf://datasets/owner/name/file, or several with commas between",
     )
     eval_data_path: str | None = flag(
         None, "rows to evaluate on: the loss after every epoch (or see --eval_strategy), and the metrics at the end"
     )
     eval_split: float = flag(0.0, "share of the rows of data_path to hold out and evaluate on")
     max_rows: int | None = flag(None, "read only so many rows of data_path, the first")
+    instruction_field: str | None = flag(None, "what the field instruction is called in the data, such as question")
+    input_field: str | None = flag(None, "what the field input is called in the data, such as context")
+    output_field: str | None = flag(None, "what the field output is called in the data, such as answer")
+    messages_field: str | None = flag(None, "what the field messages is called in the data: conversations")
     eval_metrics: bool = flag(True, "after training, answer the rows of eval_data_path and score the answers")
     max_length: int = flag(1024, "longest row, in tokens; longer rows are cut at the end")
     prompt_format: str = flag(
@@ -51,6 +57,7 @@ class DataArguments:
     keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")
 
     def __post_init__(self) -> None:
+        renamed_fields(self)
         if self.max_length < 2:
             raise ValueError(f"--max_length {self.max_length}: a row needs at least 2 tokens, a prompt and an answer")
         if not 0 <= self.eval_split < 1:
@@ -61,9 +68,6 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
-
-    def rename(self) -> dict[str, str]:
-        return {}
 
     def has_eval_rows(self) -> bool:
         return bool(self.eval_data_path or self.eval_split)

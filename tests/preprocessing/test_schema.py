@@ -125,9 +125,18 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "history and messages": ({"messages": OPEN_AI, "history": [["a", "b"]]}, ["'history' beside 'messages'"]),
     "history of strings": (ROW | {"history": ["a"]}, ["'history' must be a list of [question, answer]"]),
     "two systems": ({"messages": [{"role": "system", "content": "s"}, *OPEN_AI], "system": "t"}, ["only once"]),
-    "capitals": ({"Instruction": "a", "output": "b"}, ["rename 'Instruction' to 'instruction'"]),
-    "other names": ({"question": "a", "answer": "b"}, ["rename 'question' to 'instruction'"]),
-    "other answer": ({"instruction": "a", "response": "b"}, ["'output'", "rename 'response' to 'output'"]),
+    "capitals": (
+        {"Instruction": "a", "output": "b"},
+        ["(its fields: 'Instruction', 'output')", "--instruction_field Instruction"],
+    ),
+    "other names": ({"question": "a", "answer": "b"}, ["add --instruction_field question --output_field answer"]),
+    "Firefly": ({"kind": "NLI", "input": "a", "target": "b"}, ["add --instruction_field input --output_field target"]),
+    "ADGEN": ({"content": "a", "summary": "b"}, ["add --instruction_field content --output_field summary"]),
+    "Dolly": ({"context": "", "response": "b", "prompt": "a"}, ["--input_field context --output_field response"]),
+    "a typo": ({"instuction": "a", "output": "b"}, ["add --instruction_field instuction"]),
+    "other messages": ({"chat": OPEN_AI}, ["add --messages_field chat"]),
+    "a list of nothing": ({"chat": []}, ["rows must be a plain list"]),
+    "other answer": ({"instruction": "a", "response": "b"}, ["has no 'output'", "add --output_field response"]),
     "null output": (ROW | {"output": None}, ["'output'", "is null", "remove the row"]),
     "list output": (ROW | {"output": ["b", "c"]}, ["'output'", "is a list", "one text"]),
 }
@@ -149,12 +158,30 @@ def test_what_is_refused(
 
 
 FORMATS = {
-    "rows.json.gz": (gzip.compress(b"[]"), ["gzip", "gunzip -k"]),
-    "rows.parquet": (b"PAR1...", ["parquet", "read_parquet"]),
+    "rows.parquet": (b"PAR1...", ["is damaged or not whole", "download it again"]),
+    "text.parquet": (b"{}", ["not a parquet file", "PAR1"]),
+    "pointer.parquet": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+        ["Git LFS pointer", "git lfs pull"],
+    ),
+    "rows.json.gz": (gzip.compress(b"[]" * 50)[:-9], ["is damaged or not whole"]),
+    "packed.json.gz": (gzip.compress(b"PK\x03\x04..."), ["is a zip file", "unpack it first"]),
+    "parquet.gz": (gzip.compress(b"PAR1..."), ["is a packed parquet file", "gunzip -k"]),
     "rows.xlsx": (b"PK\x03\x04...", ["an Excel file", "read_excel"]),
-    "rows.csv": (b"instruction,output\na,b\n", ["csv", "read_csv"]),
-    "rows.tsv": (b"instruction\toutput\na\tb\n", ["tsv", "read_table"]),
-    "rows.jsonl.zst": (b"(\xb5/\xfd...", ["zstd", "zstd -d"]),
+    "rows.xls": (b"\xd0\xcf\x11\xe0...", ["an Excel file", "read_excel"]),
+    "rows.arrow": (b"ARROW1...", ["an Arrow file", "read_feather"]),
+    "rows.jsonl.bz2": (b"BZh9...", ["bzip2", "bunzip2 -k"]),
+    "rows.json.xz": (b"\xfd7zXZ\x00...", ["xz", "unxz -k"]),
+    "rows.tar.gz": (gzip.compress(b"rows.json".ljust(257, b"\0") + b"ustar\0" + b"00"), ["is a tar file", "tar xf"]),
+    "rows.jsonl.zst": (b"(\xb5/\xfd...", ["is damaged or not whole"]),
+    "fields.csv": (b"instruction,output\na,b\na,b,c\n", ["line 3", "has 3 fields, and the header 2"]),
+    "quote.csv": (b'instruction,output\na,"b\nc,d\n', ["line 2", "not valid CSV"]),
+    "semicolons.csv": (b"instruction;output\na;b\n", ["line 1", "holds one column", "commas"]),
+    "twice.csv": (b"instruction,output,output\na,b,c\n", ["line 1", "two columns have the same name"]),
+    "header.csv": (b"instruction,output\n", ["has a header but no rows"]),
+    "gbk.csv": ("instruction,output\n你好,b\n".encode("gbk"), ["byte 19", "GBK"]),
+    "utf16.tsv": ("instruction\toutput\na\tb\n".encode("utf-16"), ["UTF-16"]),
+    "words.csv": (b"messages\n[oops\n", ["line 2", "'messages' in a table must be JSON text"]),
 }
 
 
@@ -166,13 +193,17 @@ def test_other_formats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         load_rows(str(tmp_path / name))
     message = capsys.readouterr().err
-    assert all(word in message for word in words) and "iconv" not in message and str(tmp_path / name) in message
+    assert (
+        all(word in message for word in words)
+        and ("iconv" in message) == name.startswith(("gbk", "utf16"))
+        and str(tmp_path / name) in message
+    )
 
 
 def test_zip_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(tmp_path / "rows.zip", "w") as file:
         file.writestr("rows.json", "[]")
-    for path, words in ((tmp_path / "rows.zip", "unzip"), (tmp_path / "*.json", "not a pattern")):
+    for path, words in ((tmp_path / "rows.zip", "unzip"), (tmp_path / "*.json", "no file matches this pattern")):
         with pytest.raises(SystemExit):
             load_rows(str(path))
         assert words in capsys.readouterr().err
