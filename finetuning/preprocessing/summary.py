@@ -1,7 +1,7 @@
 """What a run needs to know of a data file beside its tokens, counted while the rows pass by."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetuning.cli.console import fail, say
@@ -52,7 +52,7 @@ class Summary:
         return 2 * self.thoughts > self.rows
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return vars(self) | {"tasks": {task: vars(answers) for task, answers in self.tasks.items()}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Summary":

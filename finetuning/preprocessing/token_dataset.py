@@ -137,7 +137,9 @@ def make_dataset(
     workers = (num_workers or count_cores()) if large else 1
 
     def read_tokens(summary: Summary) -> Iterator[pa.RecordBatch]:
-        rows = tqdm(islice(read_files(paths), max_rows), desc=f"tokenizing {data_path}", unit=" rows", leave=False)
+        rows = tqdm(
+            islice(read_files(paths), max_rows), desc=f"tokenizing {data_path}", unit=" rows", leave=False, disable=None
+        )
         try:
             for batch, counts in map_in_order(tokenize_chunk, split_into_chunks(rows), workers):
                 numbers = pc.add(batch["row_number"], summary.rows)
@@ -168,6 +170,8 @@ def split_rows(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Data
     """Hold out a random share of the rows, all examples of a row together; returns what is left, and the share."""
     row_numbers = dataset.with_format("numpy")["row_number"][:]
     rows = np.unique(row_numbers)
+    if len(rows) < 2:
+        fail("--eval_split: there is only one row; leave the flag out")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     held_out = np.isin(row_numbers, np.random.default_rng(seed).choice(rows, count, replace=False))
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
