@@ -29,7 +29,7 @@ from finetuning.preprocessing.schema import EXAMPLE
 from finetuning.preprocessing.tables import read_parquet, read_table
 
 CHUNK = 1 << 20  # bytes read at once
-SNIFF = 512  # bytes that say what a file is
+SNIFF = 1024  # bytes that say what a file is
 
 MAGIC = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
 MAGIC |= {b"\xfd7zXZ\x00": "xz", b"\xd0\xcf\x11\xe0": "excel", b"ARROW1": "arrow", b"version https://git-lfs": "lfs"}
@@ -165,11 +165,10 @@ def unpack(path: str, kind: str, file: IO[bytes]) -> Iterator[bytes]:
         file = gzip.GzipFile(fileobj=file)
     elif kind == "zstd":
         file = pyarrow.CompressedInputStream(file, "zstd")
-    data = chunks(file)
-    start = next(data, b"")
-    if kind != "text" and (inner := kind_of(path, start[:SNIFF])) != "text":
+    start = file.read(SNIFF)
+    if kind != "text" and (inner := kind_of(path, start)) != "text":
         fail(f"{path}: is a packed {inner} file; unpack it first: {UNPACK[kind].format(path)}")
-    return chain([start], data)
+    return chain([start] if start else [], chunks(file))
 
 
 def chunks(file: IO[bytes]) -> Iterator[bytes]:
@@ -201,7 +200,7 @@ def decode(path: str, data: Iterable[bytes]) -> Iterator[str]:
     remedy = "save it as UTF-8, for example: iconv -f {0} -t UTF-8 old.json > new.json"
     for piece in chain(data, [None]):
         if piece and not done:
-            if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in piece[:1024]:
+            if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in piece:
                 fail(f"{path}: is UTF-16 or UTF-32 text, or no text at all, not UTF-8; {remedy.format('UTF-16')}")
             done = len(codecs.BOM_UTF8) if piece.startswith(codecs.BOM_UTF8) else 0
             piece = piece[done:]
