@@ -27,6 +27,7 @@ for folder in ("tests/preprocessing", "tests/adapter", "tests", ""):
 os.environ["HF_HUB_OFFLINE"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 
 import test_base_model
+import test_files
 import test_folder
 import test_schema
 from support import CHATML, THINKERS, make_model, make_tokenizer, save_checkpoint
@@ -161,7 +162,44 @@ def rows_cases() -> Iterator[Case]:
     for name, (content, words) in test_schema.FORMATS.items():
         yield Case(f"`{name}`", train_lora, lambda f, n=name, c=content: training(f, base(f), put(f, n, c)), words)
     yield Case("`rows.zip`", train_lora, lambda f: training(f, base(f), archive(f)), ["unzip"])
-    yield Case("`*.json`", train_lora, lambda f: training(f, base(f), f / "*.json"), ["name one file, not a pattern"])
+    yield Case("`*.json`", train_lora, lambda f: training(f, base(f), f / "*.json"), ["no file matches this pattern"])
+    for form in ("csv", "tsv.gz", "jsonl.zst", "parquet"):
+        flags = partial(given_file, name=f"rows.{form}", content=test_files.FORMS[form]([ROW]))
+        yield Case(f"a good `rows.{form}`", train_lora, flags, ["rows: 1 kept whole"], 0)
+    yield Case("a folder of two files", train_lora, two_files, ["2 files, from", "a.json", "b.csv"], 0)
+    yield Case(
+        "a folder without data",
+        train_lora,
+        lambda f: training(f, base(f), put(f, "empty/README.md", b"").parent),
+        ["is not a file", "no data files"],
+    )
+    yield Case("a.json beside a.json.gz", train_lora, packed_twice, ["look like the same rows", "name the files"])
+    question = {"question": "Say sun", "answer": "sun"}
+    for flags, words in (
+        ("", ["has no 'instruction'", "add --instruction_field question --output_field answer"]),
+        ("--instruction_field question --output_field anwser", ["has no 'anwser'", "see --output_field anwser"]),
+        ("--instruction_field question --messages_field answer", ["leave out the other"]),
+    ):
+        yield Case(
+            f"`{json.dumps(question)}` {flags}",
+            inference,
+            lambda f, flags=flags: ["--model_path", base(f), "--data_path", rows(f, question), *flags.split()],
+            words,
+        )
+
+
+def given_file(folder: Path, name: str, content: bytes) -> list[Any]:
+    return training(folder, base(folder), put(folder, name, content))
+
+
+def two_files(folder: Path) -> list[Any]:
+    put(folder, "data/b.csv", test_files.FORMS["csv"]([ROW]))
+    return training(folder, base(folder), put(folder, "data/a.json", test_files.FORMS["json"]([ROW])).parent)
+
+
+def packed_twice(folder: Path) -> list[Any]:
+    put(folder, "data/a.json.gz", test_files.FORMS["json.gz"]([ROW]))
+    return training(folder, base(folder), put(folder, "data/a.json", test_files.FORMS["json"]([ROW])).parent)
 
 
 def thinking(folder: Path, template: str) -> list[Any]:
@@ -175,6 +213,7 @@ def chat_rows(folder: Path, row: Any) -> list[Any]:
 
 
 def put(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     return folder / name
 

@@ -29,7 +29,7 @@ from finetuning.preprocessing.schema import EXAMPLE
 from finetuning.preprocessing.tables import read_parquet, read_table
 
 CHUNK = 1 << 20  # bytes read at once
-SNIFF = 512  # bytes that say what a file is
+SNIFF = 1024  # bytes that say what a file is
 
 MAGIC = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
 MAGIC |= {b"\xfd7zXZ\x00": "xz", b"\xd0\xcf\x11\xe0": "excel", b"ARROW1": "arrow", b"version https://git-lfs": "lfs"}
@@ -143,9 +143,8 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
 
 def kind_of(path: str, start: bytes) -> str:
     """What a file is by its first bytes; formats that are not read are refused, with the way to one that is."""
-    ending = Path(path).suffix.lower()
     kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "text")
-    if kind == "excel" or ending in (".xlsx", ".xls"):
+    if kind == "excel" or ending(path) in (".xlsx", ".xls"):
         fail(f"{path}: is an Excel file, not JSON; convert it: {PANDAS.format('excel', path)}")
     if kind == "arrow":
         fail(f"{path}: is an Arrow file, not JSON; convert it: {PANDAS.format('feather', path)}")
@@ -154,7 +153,7 @@ def kind_of(path: str, start: bytes) -> str:
     kind = "tar" if start[257:262] == b"ustar" else kind
     if kind in ("zip", "bzip2", "xz", "tar"):
         fail(f"{path}: is a {kind} file; unpack it first: {UNPACK[kind].format(path)}")
-    if kind == "text" and ending == ".parquet":
+    if kind == "text" and path.lower().endswith(".parquet"):
         fail(f"{path}: is not a parquet file: its first bytes are not PAR1; make or download it again")
     return kind
 
@@ -165,11 +164,10 @@ def unpack(path: str, kind: str, file: IO[bytes]) -> Iterator[bytes]:
         file = gzip.GzipFile(fileobj=file)
     elif kind == "zstd":
         file = pyarrow.CompressedInputStream(file, "zstd")
-    data = chunks(file)
-    start = next(data, b"")
-    if kind != "text" and (inner := kind_of(path, start[:SNIFF])) != "text":
+    start = file.read(SNIFF)
+    if kind != "text" and (inner := kind_of(path, start)) != "text":
         fail(f"{path}: is a packed {inner} file; unpack it first: {UNPACK[kind].format(path)}")
-    return chain([start], data)
+    return chain([start] if start else [], chunks(file))
 
 
 def chunks(file: IO[bytes]) -> Iterator[bytes]:
@@ -187,21 +185,25 @@ def read_text(path: str, data: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
             fail(f"{path}: is empty; it should hold a list of rows like {EXAMPLE}")
         start += more
     text = chain([start], text)
-    ending = Path(path.lower().removesuffix(".gz").removesuffix(".zst")).suffix
     if start.lstrip()[0] == "[":
         return read_list(path, text)
-    if ending in (".csv", ".tsv") and start.lstrip()[0] != "{":
-        return read_table(path, split_lines(path, text), "\t" if ending == ".tsv" else ",")
+    if ending(path) in (".csv", ".tsv") and start.lstrip()[0] != "{":
+        return read_table(path, split_lines(path, text), "\t" if ending(path) == ".tsv" else ",")
     return read_json_lines(path, split_lines(path, text))
+
+
+def ending(path: str) -> str:
+    """The ending of a file's name, such as .csv, without that of its packing."""
+    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
 
 
 def decode(path: str, data: Iterable[bytes]) -> Iterator[str]:
     """Turn the bytes of a file into text, in pieces that are not empty."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    remedy = "save it as UTF-8, for example: iconv -f {0} -t UTF-8 old.json > new.json"
+    remedy = f"save it as UTF-8, for example: iconv -f {{0}} -t UTF-8 old{ending(path)} > new{ending(path)}"
     for piece in chain(data, [None]):
         if piece and not done:
-            if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in piece[:1024]:
+            if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in piece:
                 fail(f"{path}: is UTF-16 or UTF-32 text, or no text at all, not UTF-8; {remedy.format('UTF-16')}")
             done = len(codecs.BOM_UTF8) if piece.startswith(codecs.BOM_UTF8) else 0
             piece = piece[done:]
