@@ -162,6 +162,17 @@ def test_values_of_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "two columns have the same name" in refused(capsys, load_rows, str(tmp_path / "b.parquet"))
 
 
+def test_place_of_a_bad_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Counted from 0 in the file, wherever the pieces end that are read at once; also a character cut at the end."""
+    good = "\ufeffinstruction,output\n" + "a,你好\n" * 300
+    for chunk in (1, 64, 1 << 20):
+        monkeypatch.setattr(files, "CHUNK", chunk)
+        for bad in (b"a,\xff\n", "a,你".encode()[:-1], "a,你".encode()[:-1] + b"\n"):
+            path = write(tmp_path / "rows.csv", good.encode() + bad)
+            assert f"{path}: byte {len(good.encode()) + 2} is not UTF-8" in refused(capsys, load_rows, path)
+            assert "old.csv > new.csv" in refused(capsys, load_rows, path)
+
+
 # ---- which files
 
 
