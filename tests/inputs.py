@@ -173,7 +173,7 @@ def rows_cases() -> Iterator[Case]:
         lambda f: training(f, base(f), put(f, "empty/README.md", b"").parent),
         ["is not a file", "no data files"],
     )
-    yield Case("a.json beside a.json.gz", train_lora, packed_twice, ["look like the same rows", "name the files"])
+    yield Case("a.json beside a.json.gz", train_lora, packed_twice, ["look like the same rows", "name only one"])
     question = {"question": "Say sun", "answer": "sun"}
     for flags, words in (
         ("", ["has no 'instruction'", "add --instruction_field question --output_field answer"]),

@@ -59,8 +59,8 @@ MUTANTS = [
     # rows
     Mutant('finetuning/preprocessing/files.py', 'done = len(codecs.BOM_UTF8) if', 'done = 0 if', 'test_rows'),
     Mutant('finetuning/preprocessing/files.py', 'piece.split("\\n")', 'piece.splitlines()', 'test_rows'),
-    Mutant('finetuning/preprocessing/files.py', 'final=piece is None', 'final=False', 'test_files_property damaged or mixed or cut'),
-    Mutant('finetuning/preprocessing/files.py', 'done - waiting + error.start', 'error.start', 'test_files'),
+    Mutant('finetuning/preprocessing/files.py', 'final=piece is None', 'final=False', 'test_files bad_byte'),
+    Mutant('finetuning/preprocessing/files.py', 'done - waiting + error.start', 'error.start', 'test_files bad_byte'),
     Mutant('finetuning/preprocessing/files.py', '        if other != file:\n', '        if False:\n', 'test_files twice'),
     Mutant('finetuning/preprocessing/files.py', 'key=natural_order', 'key=str', 'test_files find_files'),
     Mutant('finetuning/preprocessing/files.py', 'not any(part.startswith(".")', 'not any(part.startswith("?")', 'test_files find_files'),
@@ -76,6 +76,7 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/tables.py', ', strict=True), None, 0', '), None, 0', 'test_schema formats'),
     Mutant('finetuning/preprocessing/tables.py', '            if len(cells) != len(names):\n', '            if False:\n', 'test_schema formats'),
     Mutant('finetuning/preprocessing/tables.py', '    if len(set(names)) < len(names):\n', '    if False:\n', 'test_files values_of_tables'),
+    Mutant('finetuning/preprocessing/tables.py', 'page_checksum_verification=True', 'page_checksum_verification=False', 'test_files_property flipped'),
     Mutant('finetuning/preprocessing/tables.py', 'if cell or name not in ABSENT_IF_EMPTY', 'if True', 'test_files values_of_tables'),
     Mutant('finetuning/preprocessing/tables.py', 'without_nulls(row))', 'row)', 'test_files conversations'),
     Mutant('finetuning/preprocessing/schema.py', 'if old in row and new in row and new not in rename:', 'if False:', 'test_files rename_fields'),

@@ -57,12 +57,12 @@ def find_files(data_path: str) -> list[str]:
     for file in found.values():
         other = unpacked.setdefault(re.sub(r"\.(gz|zst)$", "", file), file)
         if other != file:
-            fail(f"'{file}' and '{other}' look like the same rows, packed and not; move one away, or name the files")
+            fail(f"'{file}' and '{other}' look like the same rows, packed and not; move one away, or name only one")
     return sorted(found.values(), key=natural_order)
 
 
 def natural_order(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", path))]
 
 
 def find_part(path: str) -> list[str]:
@@ -73,7 +73,7 @@ def find_part(path: str) -> list[str]:
     if os.path.exists(path) and not os.path.isdir(path):
         fail(f"'{path}' is not a file; name a data file, a folder or a pattern")
     matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
-    files = [file for match in matches for file in (data_files(match) if os.path.isdir(match) else [match])]
+    files = [file for match in matches for file in ([match] if os.path.isfile(match) else data_files(match))]
     if os.path.isdir(path) and not files:
         fail(f"'{path}' is not a file, and as a folder it has no data files (.json, .jsonl, .csv, .parquet, ...)")
     if not files:

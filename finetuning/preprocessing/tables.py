@@ -6,7 +6,7 @@ from typing import IO, Any
 
 from pyarrow.parquet import ParquetFile
 
-from finetuning.cli.console import fail
+from finetuning.cli.console import fail, first_line
 from finetuning.preprocessing.json_rows import LONGEST, parse_json
 from finetuning.preprocessing.schema import EXAMPLE, list_names
 
@@ -63,7 +63,11 @@ def read_parquet(path: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     with ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as table:
         column_names(path, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=500):
-            for row in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date of the year 10,000
+                fail(f"{path}: a row after row {number} cannot be read: {first_line(error)}")
+            for row in rows:
                 number += 1
                 yield f"row {number}", parse_json_columns(f"{path}: row {number}", without_nulls(row))
     if not number:

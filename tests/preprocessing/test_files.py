@@ -9,7 +9,7 @@ import os
 import re
 import tracemalloc
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,25 @@ def test_values_of_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for row, words in zip(parquet_rows, ("the number 5, not text", "of the type date, not text"), strict=True):
         path = write(tmp_path / "a.parquet", FORMS["parquet"]([row]))
         assert f"{path}: row 1: 'output' is {words}" in refused(capsys, load_rows, path)
+    row = {"instruction": "a", "input": "", "output": "b", "day": datetime(2024, 1, 1)}
+    assert load_rows(write(tmp_path / "c.parquet", FORMS["parquet"]([row, row]))) == [row, row]
+    column = pyarrow.array([2**60], pyarrow.timestamp("ms"))  # a date that Python has not
+    parquet.write_table(pyarrow.table({"instruction": ["a"], "output": ["b"], "day": column}), tmp_path / "d.parquet")
+    assert "a row after row 0 cannot be read" in refused(capsys, load_rows, str(tmp_path / "d.parquet"))
     table = pyarrow.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
     parquet.write_table(table, tmp_path / "b.parquet")
     assert "two columns have the same name" in refused(capsys, load_rows, str(tmp_path / "b.parquet"))
+
+
+def test_place_of_a_bad_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Counted from 0 in the file, wherever the pieces end that are read at once; also a character cut at the end."""
+    good = "\ufeffinstruction,output\n" + "a,你好\n" * 300
+    for chunk in (1, 64, 1 << 20):
+        monkeypatch.setattr(files, "CHUNK", chunk)
+        for bad in (b"a,\xff\n", "a,你".encode()[:-1], "a,你".encode()[:-1] + b"\n"):
+            path = write(tmp_path / "rows.csv", good.encode() + bad)
+            assert f"{path}: byte {len(good.encode()) + 2} is not UTF-8" in refused(capsys, load_rows, path)
+            assert "old.csv > new.csv" in refused(capsys, load_rows, path)
 
 
 # ---- which files

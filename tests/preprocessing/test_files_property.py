@@ -204,8 +204,15 @@ def test_every_cut_of_an_archive(read: Callable) -> None:
 def test_flipped_bits_of_an_archive(read: Callable) -> None:
     """What has a checksum is read as it was, or refused."""
     rows = [{"instruction": f"{number} 你好", "output": "b" * number} for number in range(20)]
-    for form in ("json.gz", "csv.gz"):
-        data = FORMS[form](rows)
-        for at in range(10, len(data), 5):
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, write_page_checksum=True)
+    table = sink.getvalue().to_pybytes()
+    footer = 8 + int.from_bytes(table[-8:-4], "little")  # has no checksum
+    for form, data, end in (
+        ("json.gz", FORMS["json.gz"](rows), 0),
+        ("csv.gz", FORMS["csv.gz"](rows), 0),
+        ("parquet", table, footer),
+    ):
+        for at in range(10, len(data) - end, 5):
             found = read(f"rows.{form}", data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :], 50)
             assert found in (None, rows), (form, at)
