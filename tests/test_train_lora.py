@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from support import Run, StopAt, adapter_weights, equal_weights, make_model, make_tokenizer, save_checkpoint
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+import common
 import inference
 import train_lora
 import train_prompt_tuning
@@ -24,7 +25,7 @@ from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import make_generation_config
 from finetuning.training import hub
-from finetuning.training.collators import PadCollator
+from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
@@ -188,6 +189,26 @@ def test_metrics_at_the_end(
     assert json.loads((tmp_path / "answers.metrics.json").read_text(encoding="utf-8"))["scores"] == own["scores"]
     run(*flags, "--overwrite_output_dir", True, "--eval_metrics", False)
     assert not (tmp_path / "out/metrics.json").exists()  # it would speak of another adapter
+
+
+def test_rows_held_out_are_evaluated_on_and_not_trained_on(
+    run: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.make_generation_config", partial(make_generation_config, max_new_tokens=8))
+    trained, answered = set(), []
+    collate, answer = FlattenCollator.__call__, common.answer_rows
+
+    def look(self: FlattenCollator, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        trained.update(row["row_number"] for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(FlattenCollator, "__call__", look)
+    monkeypatch.setattr("common.answer_rows", lambda *args, **names: answered.extend(args[2]) or answer(*args, **names))
+    printed = run(*flags, "--max_rows", 10, "--eval_split", 0.3, "--eval_strategy", "no", "--num_train_epochs", 1)
+    rows = json.loads(Path(rows_path).read_text(encoding="utf-8"))[:10]
+    assert "10 rows" in printed and "| rows | 3 | " in printed and len(trained) == 7
+    kept = [row["instruction"] for number, row in enumerate(rows, 1) if number not in trained]
+    assert [row["instruction"] for row in answered] == kept
 
 
 def test_nothing_trained_is_an_error(run: Run, flags: list[str], tmp_path: Path) -> None:

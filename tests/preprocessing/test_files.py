@@ -147,7 +147,6 @@ def test_values_of_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     table = write(tmp_path / "a.csv", ",instruction,output,task,system,history\n0,5,,,,\n")
     (row,) = load_rows(table)
     assert row == {"column 1": "0", "instruction": "5", "input": "", "output": ""}  # text, and nothing where nothing is
-    assert "not read: column 1 (1 rows)" in capsys.readouterr().out
     parquet_rows = [{"instruction": "a", "output": 5}, {"instruction": "a", "output": date(2024, 1, 1)}]
     for row, words in zip(parquet_rows, ("the number 5, not text", "of the type date, not text"), strict=True):
         path = write(tmp_path / "a.parquet", FORMS["parquet"]([row]))
@@ -259,7 +258,6 @@ def test_a_bad_row_near_the_end_of_the_tenth_file(
     rows = load_rows(f"{tmp_path}/*.{form}")
     assert [row["instruction"] for row in rows] == [f"row {number}" for number in range(30, 330)]
     assert rows.path == f"{tmp_path}/*.{form}" and rows.sha256 == hash_files(find_files(str(tmp_path)))
-    assert "10 files, from" in capsys.readouterr().out
     write(tmp_path / f"part-10.{form}", FORMS[form]([*numbered(28), {"instruction": " ", "output": "b"}, *numbered(1)]))
     place = {"csv": "line 30"}.get(form, "row 29" if form in ("json", "parquet") else "line 29")
     message = refused(capsys, load_rows, str(tmp_path))

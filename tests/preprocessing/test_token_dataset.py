@@ -167,6 +167,15 @@ def test_a_bad_row_is_named_by_whoever_finds_it(
     assert preprocess(path, tokenizer_for(), 200, max_rows=20, num_workers=2, cache=cache).summary.rows == 20
 
 
+def test_several_files_count_on(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(tmp_path / "more.json").write_text(json.dumps(ROWS[:2]))
+    data = preprocess(f"{path},{tmp_path / 'more.json'}", tokenizer_for(), 200)
+    printed = capsys.readouterr().out
+    assert f"2 files, from {tmp_path / 'more.json'} to {path}\n" in printed and ": not read: note (1 rows)\n" in printed
+    numbers = data.dataset["row_number"][:]
+    assert data.summary.rows == 22 and numbers[:3] == [1, 2, 3] and numbers[-1] == 22
+
+
 def test_a_process_that_is_killed(path: str, large_files: None, tmp_path: Path, capsys: Any) -> None:
     parent = os.getpid()
 
