@@ -223,7 +223,9 @@ def test_few_chunks_are_held() -> None:
         assert result == done - 1 and len(taken) <= done + 5
 
 
-def test_others_wait_for_the_maker(path: str, tmp_path: Path, large_files: None) -> None:
+def test_others_wait_for_the_maker(
+    path: str, tmp_path: Path, large_files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of several processes that train together, one makes the entry."""
     found: list[Dataset] = []
     tokenizer, folder = tokenizer_for(), str(tmp_path / "cache")
@@ -234,7 +236,7 @@ def test_others_wait_for_the_maker(path: str, tmp_path: Path, large_files: None)
     assert waiting.is_alive() and not Path(folder).exists()
     made = preprocess(path, tokenizer_for(), 200, num_workers=1, cache=TokenCache(folder, 1)).dataset
     waiting.join(timeout=60)
-    assert found[0].to_list() == made.to_list()
+    assert found[0].to_list() == made.to_list() and "read from the cache" not in capsys.readouterr().out
 
 
 def test_a_full_disk(
