@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant("finetuning/training/checkpoints.py", 'if old != info["settings"].get(name):', "if False:", "test_train_lora resuming_something"),
     Mutant("finetuning/training/checkpoints.py", "tempfile.TemporaryFile(dir=parent).close()", "pass", "test_train_lora tried_first"),
     Mutant("finetuning/preprocessing/schema.py", "        if fields.get(field):\n", "        if False:\n", "test_schema refused"),
-    Mutant("finetuning/preprocessing/schema.py", "if row.get(field) is False:", "if False:", "test_schema refused"),
+    Mutant("finetuning/preprocessing/schema.py", 'if str(row.get(field)).lower() == "false" and row[field] != row.get("output"):', "if False:", "test_schema refused"),
     Mutant("finetuning/preprocessing/schema.py", "if role in TOOL_ROLES:", "if False:", "test_schema refused"),
     Mutant("finetuning/preprocessing/schema.py", 'if kinds - {"text"}:', "if False:", "test_schema refused"),
     Mutant("finetuning/preprocessing/schema.py", "            if row.get(beside):", "            if False:", "test_schema refused"),
