@@ -53,12 +53,12 @@ def find_files(data_path: str) -> list[str]:
     """
     parts = [data_path] if os.path.exists(data_path) or "," not in data_path else data_path.split(",")
     found = {os.path.realpath(file): file for part in parts for file in find_part(part.strip())}
-    unpacked: dict[str, str] = {}
-    for file in found.values():
+    files, unpacked = sorted(found.values(), key=natural_order), {}
+    for file in files:
         other = unpacked.setdefault(re.sub(r"\.(gz|zst)$", "", file), file)
         if other != file:
             fail(f"'{file}' and '{other}' look like the same rows, packed and not; move one away, or name only one")
-    return sorted(found.values(), key=natural_order)
+    return files
 
 
 def natural_order(path: str) -> list[Any]:

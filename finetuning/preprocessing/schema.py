@@ -62,7 +62,7 @@ def read_row(row: Any, output_required: bool) -> dict[str, Any]:
         raise RowError(f"is {describe(row)}, not an object like {EXAMPLE}")
     refuse_other_meanings(row, "")
     for field in ("label", "kto_tag"):
-        if row.get(field) is False:
+        if str(row.get(field)).lower() == "false" and row[field] != row.get("output"):  # in a CSV it is text
             raise RowError(f"'{field}' is false: the row {PREFERENCE}")
     if "messages" in row or "conversations" in row:
         field = "messages" if "messages" in row else "conversations"

@@ -68,6 +68,7 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ["d<|im_end|>"],
     ),
     "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
+    "a label word that is false": (ROW | {"output": "false", "label": "false"}, "", ["false<|im_end|>"]),
     "label words": (ROW | {"label": "positive"}, "", ["b<|im_end|>"]),
 }
 
@@ -96,6 +97,7 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "label": (ROW | {"label": False}, ["'label' is false", "preference data"]),
+    "label of a CSV": (ROW | {"label": "False"}, ["'label' is false", "preference data"]),
     "kto_tag": ({"messages": OPEN_AI, "kto_tag": False}, ["'kto_tag' is false"]),
     "pair": ({"instruction": "a", "chosen": "b", "rejected": "c"}, ["'chosen'", "preference data"]),
     "tools": (ROW | {"tools": "[{}]"}, ["'tools'", "tool use"]),
