@@ -9,6 +9,7 @@ from finetuning.cli.console import fail  # before peft, whose import is noisy
 
 # isort: split
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -63,6 +64,7 @@ from finetuning.training.checkpoints import (
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
+from finetuning.training.processes import engine_asked_for
 from finetuning.training.report import inference_command, print_first_row, print_next_command, print_speed
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
@@ -70,7 +72,8 @@ from finetuning.training.trainer import make_trainer, prepare_adapter
 def start_run(args: Arguments) -> None:
     """Refuse an output folder that is in use, and set the seed before anything random is made."""
     allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
-    check_output_dir(args.training.output_dir, allowed=bool(allowed))
+    if args.training.should_save:
+        check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
     if not args.data.dry_run:
         create_repository(args.training)
@@ -224,10 +227,13 @@ def train_and_save(
     output_dir = args.training.output_dir
     settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
     settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
+    settings |= {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
     files = describe_adapter(model, tokenizer, train_data.rows, settings)
-    checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
+    checkpoint = None
     if args.training.should_save:
+        checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
         clear_output_dir(output_dir, args.data.overwrite_output_dir)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     start = adapter_state(model)
 
     signals = StopOnSignal()
@@ -237,8 +243,9 @@ def train_and_save(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 
+    state = adapter_state(model)
     if args.training.should_save:
-        save_adapter(model, output_dir, start, files)
+        save_adapter(model, state, output_dir, start, files)
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
     resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0

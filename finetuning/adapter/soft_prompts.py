@@ -23,6 +23,10 @@ class SoftPromptModel(PeftModelForCausalLM):
         """The ids that every row begins with."""
         return [VIRTUAL_TOKEN] * len(self.prompt)
 
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The prompt as it lies here: PEFT looks it up in the prompt, which FSDP may have divided."""
+        return self.prompt_encoder[adapter_name].embedding.weight.detach()
+
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embed a batch, with the prompt's vectors in place of the virtual tokens.
 
