@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail  # before peft, whose import is noisy
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
 # isort: split
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, disable_fsdp_ram_efficient_loading
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -64,8 +64,8 @@ from finetuning.training.checkpoints import (
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
-from finetuning.training.processes import engine_asked_for
-from finetuning.training.report import inference_command, print_first_row, print_next_command, print_speed
+from finetuning.training.processes import engine_asked_for, shards_weights
+from finetuning.training.report import print_first_row, print_next_command, print_speed, scoring_command
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
@@ -95,28 +95,35 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    model_args: ModelArguments, dtype: torch.dtype, device: torch.device, sharded: bool = False
+) -> PreTrainedModel:
     """Load the base model, and refuse it if any of its weights is not in the checkpoint.
 
     Args:
         dtype: of the weights; with 4-bit weights, of the matrix products.
         device: of the weights; a GPU gets them straight from the file.
+        sharded: whether FSDP or ZeRO-3 divides the weights over several GPUs later. Then they go into main memory, as
+            none of the GPUs may have room for all; but 4-bit weights, a quarter of the size, are made on each GPU.
     """
     check_model_path(model_args.model_path)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
     try:
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
         remedies = four_bit_flag(config, model_args.load_in_4bit)
+        quantized = quantization_options(config, model_args.load_in_4bit, dtype, sharded)
+        if quantized:
+            disable_fsdp_ram_efficient_loading()  # accelerate cannot hand 4-bit weights out
         with memory_advice(device, remedies, "while loading the model"), loading_report():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 model_args.model_path,
                 dtype=dtype,
-                device_map={"": device} if device.type == "cuda" else None,
+                device_map={"": device} if device.type == "cuda" and (quantized or not sharded) else None,
                 use_safetensors=True,  # the other format is pickle, which can run code
                 trust_remote_code=model_args.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported in loading_info
-                **quantization_options(config, model_args.load_in_4bit, dtype),
+                **quantized,
             )
     except (OSError, ValueError, ImportError) as error:
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
@@ -214,10 +221,13 @@ def train(
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
     train_and_save(model, tokenizer, train_data, eval_data, args)
-    if eval_data and args.data.eval_metrics and args.training.should_save:
+    output_dir = args.training.output_dir
+    if eval_data and args.data.eval_metrics and shards_weights(args.training):
+        say(f"no scores, as the model is divided; for them: {scoring_command(output_dir, eval_data.rows.path)}")
+    elif eval_data and args.data.eval_metrics and args.training.should_save:
         evaluate(model, tokenizer, eval_data.rows, labels_by_task(train_data.rows), args.training)
     upload_adapter(args.training)
-    print_next_command(args.training.output_dir)
+    print_next_command(output_dir)
 
 
 def train_and_save(
@@ -263,7 +273,7 @@ def evaluate(
     """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
-    command = f"{inference_command(args.output_dir)} --data_path {rows.path} --batch_size 1"
+    command = f"{scoring_command(args.output_dir, rows.path)} --batch_size 1"
     batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
     with memory_advice(args.device, [command], place):
         answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)

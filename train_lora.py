@@ -18,6 +18,7 @@ from common import load_model, load_tokenizer, preprocess, start_run, train, tra
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.training.flags import memory_flags, parse_arguments
+from finetuning.training.processes import shards_weights
 
 
 @dataclass
@@ -78,7 +79,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
     train_data = preprocess(args.data.data_path, tokenizer, args.data.max_length, args.data.thinking)
     eval_data = preprocess(args.data.eval_data_path, tokenizer, args.data.max_length, args.data.thinking)
-    model = load_model(args.model, training_dtype(args.training), args.training.device)
+    sharded = shards_weights(args.training)
+    model = load_model(args.model, training_dtype(args.training), args.training.device, sharded)
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = get_peft_model(model, build_lora_config(args.method, model))
         train(model, tokenizer, train_data, eval_data, args)

@@ -20,6 +20,14 @@ def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a whole parameter; a copy of them, if ZeRO-3 has divided it."""
+    if not is_deepspeed_zero3_enabled():
+        return parameter.detach()
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; what ZeRO-3 leaves in its place has the shape (0,)."""
     return parameter.ds_shape if is_deepspeed_zero3_enabled() else parameter.shape

@@ -84,8 +84,8 @@ class ChunkedLoss:
     ) -> Iterator[None]:
         """Inside the context, a forward computes this loss before lm_head, which gets a single position.
 
-        It happens inside the forward because FSDP and ZeRO-3 have lm_head's whole weights together only there: the
-        hook is younger than theirs, and runs after it.
+        It happens inside the forward because FSDP and ZeRO-3 put lm_head's weights together only there, in a hook that
+        runs between these two. Nothing goes back through lm_head, so that they need no weights for it then.
 
         Args:
             labels: (B, K) what each position of the hidden states predicts: `shift_labels` of the collators.
@@ -95,17 +95,21 @@ class ChunkedLoss:
         divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         divisor = torch.as_tensor(divisor, device=targets.device)
 
-        def compute(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            hidden = args[0]
-            self.loss = ChunkedCrossEntropy.apply(hidden.flatten(0, -2), head.weight, targets, divisor)
-            return hidden[:, :1]
+        def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            self.hidden = args[0].flatten(0, -2)
+            return args[0][:, :1].detach()
 
-        hook = self.head.register_forward_pre_hook(compute)
+        def compute(head: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            self.loss = ChunkedCrossEntropy.apply(self.hidden, head.weight, targets, divisor)
+
+        hooks = [self.head.register_forward_pre_hook(keep_hidden, prepend=True)]
+        hooks.append(self.head.register_forward_pre_hook(compute))
         try:
             yield
         finally:
-            hook.remove()
-            self.loss = None
+            for hook in hooks:
+                hook.remove()
+            self.hidden = self.loss = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of the last forward. The Trainer's arguments repeat what `instead_of_logits` was told."""

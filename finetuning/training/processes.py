@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -56,11 +57,13 @@ def shards_weights(args: TrainingArguments) -> bool:
     return engine_asked_for(args) == "FSDP"
 
 
-def save_in_parts(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let checkpoints keep the adapter and its optimizer as FSDP has divided them, whatever the configuration says.
+def adjust_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let FSDP cast nothing, and save the adapter and its optimizer in parts, whatever the configuration says.
 
-    The other way, FULL_STATE_DICT, would gather all base weights in one process for each checkpoint.
+    Autocast casts, as everywhere; accelerate's policy would also add up gradients, and hand out the loss, in half
+    precision. FULL_STATE_DICT would gather all base weights in one process for each checkpoint.
     """
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 

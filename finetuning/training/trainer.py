@@ -19,7 +19,7 @@ from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 from finetuning.training.losses import ChunkedLoss
-from finetuning.training.processes import fill_up, save_in_parts, share_rows_once
+from finetuning.training.processes import adjust_fsdp, fill_up, share_rows_once
 
 
 class FineTuningTrainer(Trainer):
@@ -40,7 +40,7 @@ class FineTuningTrainer(Trainer):
         self.chunked_loss = None if head.weight.requires_grad else ChunkedLoss(head)
         super().__init__(model, args, compute_loss_func=self.chunked_loss, **kwargs)
         if self.is_fsdp_enabled:
-            save_in_parts(self.accelerator.state.fsdp_plugin)
+            adjust_fsdp(self.accelerator.state.fsdp_plugin)
         self.not_finite_guard = NotFiniteGuard(self.accelerator.scaler)
         self.add_callback(self.not_finite_guard)
 
