@@ -112,7 +112,7 @@ def load_model(
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
         remedies = four_bit_flag(config, model_args.load_in_4bit)
         quantized = quantization_options(config, model_args.load_in_4bit, dtype, sharded)
-        if quantized:
+        if quantized and sharded:
             disable_fsdp_ram_efficient_loading()  # accelerate cannot hand 4-bit weights out
         with memory_advice(device, remedies, "while loading the model"), loading_report():
             model, loading_info = AutoModelForCausalLM.from_pretrained(

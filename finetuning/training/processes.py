@@ -1,10 +1,11 @@
 """Several processes, each with a GPU of its own: what engine joins them, and how they share the rows of an epoch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
@@ -57,12 +58,14 @@ def shards_weights(args: TrainingArguments) -> bool:
     return engine_asked_for(args) == "FSDP"
 
 
-def adjust_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let FSDP cast nothing, and save the adapter and its optimizer in parts, whatever the configuration says.
+def adjust_fsdp(plugin: FullyShardedDataParallelPlugin, layers: Iterable[torch.nn.Module]) -> None:
+    """Let FSDP divide by decoder layers, cast nothing, and save in parts, whatever the configuration says.
 
+    accelerate looks for layers by names of the model's class; Qwen3.5 has some there that its text part lacks.
     Autocast casts, as everywhere; accelerate's policy would also add up gradients, and hand out the loss, in half
     precision. FULL_STATE_DICT would gather all base weights in one process for each checkpoint.
     """
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")

@@ -40,7 +40,7 @@ class FineTuningTrainer(Trainer):
         self.chunked_loss = None if head.weight.requires_grad else ChunkedLoss(head)
         super().__init__(model, args, compute_loss_func=self.chunked_loss, **kwargs)
         if self.is_fsdp_enabled:
-            adjust_fsdp(self.accelerator.state.fsdp_plugin)
+            adjust_fsdp(self.accelerator.state.fsdp_plugin, self.base_model.get_decoder().layers)
         self.not_finite_guard = NotFiniteGuard(self.accelerator.scaler)
         self.add_callback(self.not_finite_guard)
 
