@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import fail, say
@@ -23,10 +23,11 @@ from finetuning.training.processes import adjust_fsdp, fill_up, share_rows_once
 
 
 class FineTuningTrainer(Trainer):
-    """The stock Trainer with four additions, all in public methods.
+    """The stock Trainer with five additions, all in public methods.
 
     The loss is computed in chunks from the hidden states; attention needs no mask; a loss that is not finite is
-    reported with the rows it came from; several processes get each row once.
+    reported with the rows it came from; several processes get each row once; the loss of an evaluation is the mean of
+    its tokens.
 
     Args:
         kernel: of attention, from `choose_attention`.
@@ -58,7 +59,17 @@ class FineTuningTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self.not_finite_guard.record(row_numbers, loss.detach())
+        else:
+            self.evaluated += torch.stack([loss.detach() * num_items_in_batch, num_items_in_batch])
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The stock loop, with the mean loss of all supervised tokens, and not of the batches' means."""
+        self.evaluated = torch.zeros(2, device=self.args.device)  # the tokens' losses, summed up, and their number
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self.evaluated, "mean").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     def get_train_dataloader(self) -> DataLoader:
         return share_rows_once(super().get_train_dataloader())
