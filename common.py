@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail  # before peft, whose import is noisy
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
 # isort: split
 import torch
+from accelerate.utils import broadcast_object_list, disable_fsdp_ram_efficient_loading
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -56,14 +57,16 @@ from finetuning.training.checkpoints import (
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
-from finetuning.training.report import inference_command, print_first_row, print_next_command, print_speed
+from finetuning.training.processes import engine_asked_for, shards_weights
+from finetuning.training.report import print_first_row, print_next_command, print_speed, scoring_command
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
 def start_run(args: Arguments) -> None:
     """Refuse an output folder that is in use, and set the seed before anything random is made."""
     allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
-    check_output_dir(args.training.output_dir, allowed=bool(allowed))
+    if args.training.should_save:
+        check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
     if not args.data.dry_run:
         create_repository(args.training)
@@ -85,28 +88,35 @@ def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTo
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    model_args: ModelArguments, dtype: torch.dtype, device: torch.device, sharded: bool = False
+) -> PreTrainedModel:
     """Load the base model, and refuse it if any of its weights is not in the checkpoint.
 
     Args:
         dtype: of the weights; with 4-bit weights, of the matrix products.
         device: of the weights; a GPU gets them straight from the file.
+        sharded: whether FSDP or ZeRO-3 divides the weights over several GPUs later. Then they go into main memory, as
+            none of the GPUs may have room for all; but 4-bit weights, a quarter of the size, are made on each GPU.
     """
     check_model_path(model_args.model_path)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
     try:
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
         remedies = four_bit_flag(config, model_args.load_in_4bit)
+        quantized = quantization_options(config, model_args.load_in_4bit, dtype, sharded)
+        if quantized and sharded:
+            disable_fsdp_ram_efficient_loading()  # accelerate cannot hand 4-bit weights out
         with memory_advice(device, remedies, "while loading the model"), loading_report():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 model_args.model_path,
                 dtype=dtype,
-                device_map={"": device} if device.type == "cuda" else None,
+                device_map={"": device} if device.type == "cuda" and (quantized or not sharded) else None,
                 use_safetensors=True,  # the other format is pickle, which can run code
                 trust_remote_code=model_args.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported in loading_info
-                **quantization_options(config, model_args.load_in_4bit, dtype),
+                **quantized,
             )
     except (OSError, ValueError, ImportError) as error:
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
@@ -223,10 +233,13 @@ def train(
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
     train_and_save(model, tokenizer, train_data, eval_data, args)
-    if eval_data and eval_data.rows is not None:
+    output_dir = args.training.output_dir
+    if eval_data and eval_data.rows is not None and shards_weights(args.training):
+        say(f"no scores, as the model is divided; for them: {scoring_command(output_dir, eval_data.rows.path)}")
+    elif eval_data and eval_data.rows is not None:
         evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
     upload_adapter(args.training)
-    print_next_command(args.training.output_dir)
+    print_next_command(output_dir)
 
 
 def train_and_save(
@@ -236,10 +249,13 @@ def train_and_save(
     output_dir = args.training.output_dir
     settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
     settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
+    settings |= {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
     files = describe_adapter(model, tokenizer, train_data.summary, settings)
-    checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
+    checkpoint = None
     if args.training.should_save:
+        checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
         clear_output_dir(output_dir, args.data.overwrite_output_dir)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     start = adapter_state(model)
 
     signals = StopOnSignal()
@@ -249,8 +265,9 @@ def train_and_save(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 
+    state = adapter_state(model)
     if args.training.should_save:
-        save_adapter(model, output_dir, start, files)
+        save_adapter(model, state, output_dir, start, files)
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
     resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
@@ -268,7 +285,7 @@ def evaluate(
     """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
-    command = f"{inference_command(args.output_dir)} --data_path {rows.path} --batch_size 1"
+    command = f"{scoring_command(args.output_dir, rows.path)} --batch_size 1"
     batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
     with memory_advice(args.device, [command], place):
         answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)

@@ -18,6 +18,7 @@ from common import load_data, load_model, load_tokenizer, start_run, train, trai
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.training.flags import memory_flags, parse_arguments
+from finetuning.training.processes import shards_weights
 
 
 @dataclass
@@ -77,7 +78,8 @@ def main() -> None:
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
     train_data, eval_data = load_data(args, tokenizer)
-    model = load_model(args.model, training_dtype(args.training), args.training.device)
+    sharded = shards_weights(args.training)
+    model = load_model(args.model, training_dtype(args.training), args.training.device, sharded)
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = get_peft_model(model, build_lora_config(args.method, model))
         train(model, tokenizer, train_data, eval_data, args)

@@ -16,10 +16,12 @@ from peft import PromptTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
+from finetuning.adapter.sharding import whole
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.training.flags import memory_flags, parse_arguments
+from finetuning.training.processes import shards_weights
 
 
 @dataclass
@@ -59,7 +61,7 @@ def add_soft_prompt(
     Raises:
         SystemExit: code 2, if the prompt leaves the rows no room.
     """
-    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = whole(model.get_input_embeddings().weight)
     text_ids = tokenizer(prompt_args.prompt_init_text, add_special_tokens=False).input_ids
     count = prompt_args.num_virtual_tokens or len(text_ids)
     positions = model.config.get_text_config().max_position_embeddings
@@ -87,7 +89,8 @@ def main() -> None:
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
     train_data, eval_data = load_data(args, tokenizer)
-    model = load_model(args.model, training_dtype(args.training), args.training.device)
+    sharded = shards_weights(args.training)
+    model = load_model(args.model, training_dtype(args.training), args.training.device, sharded)
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = add_soft_prompt(model, tokenizer, args.method)
         train(model, tokenizer, train_data, eval_data, args)

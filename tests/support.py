@@ -4,6 +4,10 @@ The tokenizer is byte-level, with one token for each byte and a single merge, of
 out token ids: the id of a byte is its value.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from finetuning.training.callbacks import StopOnSignal
 
 Run = Callable[..., str]
 REPOSITORY = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TOKENS = 5  # of a soft prompt
 FLAT = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]  # families that may be flattened
 HYBRID = ["qwen3_next", "qwen3_5_text"]
@@ -202,3 +207,32 @@ def force(model: torch.nn.Module, start: int, tokens: list[int]) -> None:
     model.generate = lambda **kwargs: original(
         **kwargs | {"logits_processor": LogitsProcessorList([Force(start, tokens)])}
     )
+
+
+def launch(*commands: tuple[str, ...]) -> str:
+    """Two processes run the commands of tests/ranks.py; returns what they printed."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    result = subprocess.run(
+        [*TORCHRUN, str(REPOSITORY / "tests/ranks.py"), words],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    """The losses of a run, as its last checkpoint has them."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def difference(first: Path, second: Path) -> float:
+    """The largest difference of two adapters in a weight."""
+    one, other = adapter_weights(first), adapter_weights(second)
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

@@ -551,7 +551,7 @@ def test_adapter_that_is_not_finite_is_not_saved(tmp_path: Path, capsys: pytest.
     start = adapter_state(model)
     next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
     with pytest.raises(SystemExit) as stop:
-        save_adapter(model, str(tmp_path), start, {})
+        save_adapter(model, adapter_state(model), str(tmp_path), start, {})
     assert stop.value.code == 1 and "NaN" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -71,7 +71,9 @@ def find_problem(folder: Path) -> str | None:
     return None
 
 
-def quantization_options(config: PreTrainedConfig, load_in_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_options(
+    config: PreTrainedConfig, load_in_4bit: bool, dtype: torch.dtype, sharded: bool = False
+) -> dict[str, Any]:
     """What `from_pretrained` has to be told of quantisation: nothing, unless asked for 4 bits or given FP8 weights.
 
     Even `quantization_config=None` would make it ignore how a checkpoint is quantised on disk, and read FP8 weights
@@ -80,6 +82,8 @@ def quantization_options(config: PreTrainedConfig, load_in_4bit: bool, dtype: to
     Args:
         config: of the base model.
         dtype: of the matrix products.
+        sharded: whether FSDP or ZeRO-3 will divide the weights: they divide floating-point numbers only, so the 4-bit
+            numbers are packed into such, of the same dtype as the rest.
     """
     saved = getattr(config, "quantization_config", None)  # only quantised checkpoints have one
     method = saved["quant_method"] if isinstance(saved, dict) else getattr(saved, "quant_method", None)
@@ -90,7 +94,11 @@ def quantization_options(config: PreTrainedConfig, load_in_4bit: bool, dtype: to
     if not load_in_4bit or method:
         return {}
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
     return {"quantization_config": config}
 
@@ -188,7 +196,7 @@ def print_share_in_4bit(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in vocabulary:
             in_4bit = isinstance(parameter, Params4bit)
-            sizes[in_4bit] += parameter.numel() * (2 if in_4bit else 1)  # a byte holds two weights
+            sizes[in_4bit] += 2 * parameter.nbytes if in_4bit else parameter.numel()  # a byte holds two weights
     share = 100 * sizes[True] / sum(sizes.values())
     say(f"4-bit weights: {share:.1f}% of the model without its vocabulary")
     if share < 50:

@@ -8,6 +8,8 @@ from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from finetuning.adapter.sharding import gathered, whole_shape
+
 SIZES = (
     "model_type",
     "hidden_size",
@@ -29,22 +31,22 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
     embedding = base.get_input_embeddings().weight
+    parameters = {name: parameter for name, parameter in base.named_parameters() if "lora_" not in name}
     # norms and biases, which also differ between a base model and its instruct version
-    vectors = torch.cat(
-        [p.detach().float().cpu() for name, p in base.named_parameters() if p.ndim == 1 and "lora_" not in name]
-    )
+    vectors = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) == 1]
     # the last matrix of each kind, such as q_proj or experts.down_proj
     matrices = {
         ".".join([part for part in name.split(".") if part not in ("weight", "base_layer")][-2:]): parameter
-        for name, parameter in base.named_parameters()
-        if parameter.ndim > 1 and "lora_" not in name and "layers." in name
+        for name, parameter in parameters.items()
+        if len(whole_shape(parameter)) > 1 and "layers." in name
     }
-    return {
-        "sizes": {name: getattr(config, name, None) for name in SIZES},
-        "dtype": str(embedding.dtype).removeprefix("torch."),
-        "weights": write([*sample(embedding), *sample(vectors)]),
-        "matrices": {kind: write(sample(dequantized(matrix))) for kind, matrix in matrices.items()},
-    }
+    with gathered([embedding, *vectors, *matrices.values()]):
+        return {
+            "sizes": {name: getattr(config, name, None) for name in SIZES},
+            "dtype": str(embedding.dtype).removeprefix("torch."),
+            "weights": write([*sample(embedding), *sample(torch.cat([p.detach().float().cpu() for p in vectors]))]),
+            "matrices": {kind: write(sample(dequantized(matrix))) for kind, matrix in matrices.items()},
+        }
 
 
 def dequantized(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -6,6 +6,7 @@ adapter_info.json                                 what inference must match: bas
 metrics.json                                      scores on the evaluation rows, if there are any
 """
 
+import copy
 import json
 import os
 import shlex
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints, quantization
+from finetuning.adapter.sharding import gathered, whole_copy
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
@@ -65,14 +67,36 @@ def describe_adapter(
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy on the CPU of the adapter's tensors, under the names they are saved with."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    """A copy on the CPU of the adapter's tensors, under the names they are saved with. All processes must call it."""
+    with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
+        return {name: whole_copy(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
 
 
-def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tensor], files: dict[str, str]) -> None:
+def write_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write what PEFT's `save_pretrained` would, but from tensors that are whole: one process is enough.
+
+    Args:
+        state: from `adapter_state`.
+    """
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
+    config.inference_mode = True
+    model.create_or_update_model_card(folder)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def save_adapter(
+    model: PeftModel,
+    state: dict[str, torch.Tensor],
+    output_dir: str,
+    start: dict[str, torch.Tensor],
+    files: dict[str, str],
+) -> None:
     """Check the trained adapter, write it into a scratch folder, read it back, and only then move it to `output_dir`.
 
     Args:
+        state: `adapter_state` after training.
         start: `adapter_state` before training; an adapter equal to it has learnt nothing.
         files: texts to save beside the weights, by name, from `describe_adapter`.
 
@@ -80,7 +104,6 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
         SystemExit: code 1, and nothing is saved, if the adapter is not finite or too large for float16, did not change,
             or reads back differently.
     """
-    state = adapter_state(model)
     if not all(tensor.half().isfinite().all() for tensor in state.values()):
         fail(
             "the adapter holds weights that are NaN, infinite or too large for float16 (65,504): it is not saved.\n"
@@ -91,7 +114,7 @@ def save_adapter(model: PeftModel, output_dir: str, start: dict[str, torch.Tenso
         fail("training changed nothing in the adapter: it is not saved. Is --learning_rate 0?", 1)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output_dir))
     try:
-        model.save_pretrained(scratch)
+        write_adapter(model, state, scratch)
         for name, text in files.items():
             (scratch / name).write_text(text, encoding="utf-8")
         saved = load_file(scratch / WEIGHTS)

@@ -21,7 +21,11 @@ class SoftPromptModel(PeftModelForCausalLM):
     @property
     def virtual_tokens(self) -> list[int]:
         """The ids that every row begins with."""
-        return [VIRTUAL_TOKEN] * len(self.prompt)
+        return [VIRTUAL_TOKEN] * self.active_peft_config.num_virtual_tokens
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The prompt as it lies here: PEFT looks it up in the prompt, which FSDP may have divided."""
+        return self.prompt_encoder[adapter_name].embedding.weight.detach()
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embed a batch, with the prompt's vectors in place of the virtual tokens.
@@ -35,8 +39,10 @@ class SoftPromptModel(PeftModelForCausalLM):
         """
         virtual = input_ids == VIRTUAL_TOKEN
         words = self.get_base_model().get_input_embeddings()(input_ids.clamp(min=0))
-        # each place looks its vector up: gathering the places of the virtual tokens would wait for the GPU
-        vectors = torch.nn.functional.embedding(position_ids.clamp(0, len(self.prompt) - 1), self.prompt)
+        # Each place looks its vector up: gathering the places of the virtual tokens would wait for the GPU. It is the
+        # module that looks up, because ZeRO-3 puts a parameter together only in its module's own forward.
+        lookup = self.prompt_encoder[self.active_adapter].embedding
+        vectors = lookup(position_ids.clamp(0, lookup.num_embeddings - 1))
         return torch.where(virtual.unsqueeze(-1), vectors.to(words.dtype), words)
 
     def forward(

@@ -82,9 +82,9 @@ def count_kept_bytes(
         disable_input_dtype_casting(model, active=not cast_inputs),
         torch.autocast("cpu", torch.float16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        chunked.without_logits(),
+        chunked.instead_of_logits(labels),
     ):
-        loss = chunked(model(**batch), labels)
+        loss = chunked(model(**batch))
     del loss
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -1,19 +1,33 @@
 """What the scripts say: lines on stdout, warnings on stderr, and one message if a run cannot continue."""
 
+import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import time
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 # On some processors bitsandbytes warns, when peft imports it, that it lacks a faster kernel. That does no harm.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+PATIENCE = 10  # seconds that the other processes leave the main one to say why a run ends
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all of them; torchrun and accelerate number the processes in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print a line, only once if several processes train together."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(text, flush=True)
 
 
@@ -23,18 +37,36 @@ def dim(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print what is wrong and the remedy, and exit. No traceback: those are for bugs of ours.
 
+    Of several processes only the main one speaks, because torchrun ends the others when it exits. A process that
+    fails alone speaks after a while.
+
     Args:
         message: names the file, row, field or flag.
         code: 2 for a mistake of the user's; 1 for a run that went wrong, for example a loss that is not a number.
     """
-    print(f"error: {message}", file=sys.stderr)
+    if not is_main_process():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+        message = f"process {os.environ['RANK']}: {message}"
+    announce(message)
     raise SystemExit(code)
+
+
+def announce(message: str) -> None:
+    """Print why the run ends; also in torchrun's table of failed processes, which comes last on the screen."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as in the documentation of torch.distributed.elastic
+    if file:
+        details = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        report = {"message": {"message": message, "extraInfo": details}}
+        Path(file).write_text(json.dumps(report), encoding="utf-8")
 
 
 def print_any_text() -> None:
@@ -59,8 +91,11 @@ def end_quietly_on_interrupt() -> None:
 
 
 def resume_command() -> str:
-    """The command line that resumes this run from its last checkpoint."""
+    """The command line that resumes this run from its last checkpoint, with its launcher if it has one."""
     words = ["python", *sys.argv]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = psutil.Process().parent().cmdline()  # python -m ..., or python path/to/torchrun ...
+        words = ["python", *launcher[1:]] if launcher[1] == "-m" else [Path(launcher[1]).name, *launcher[2:]]
     for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
         if flag in words:
             place = words.index(flag)

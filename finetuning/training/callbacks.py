@@ -7,9 +7,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetuning.cli.console import fail, resume_command, say
+from finetuning.cli.console import announce, fail, is_main_process, resume_command, say
 
 # With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
 # they still do at a scale of 1, the gradients themselves are too large.
@@ -20,23 +21,23 @@ MOST_ROWS = 16  # named in a message
 class StopOnSignal(TrainerCallback):
     """Lets Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second signal ends it at once.
 
-    Several processes would stop at different steps and wait for each other: there the signals keep their usual effect.
+    Several processes tell each other after each step which signal they have caught, and so stop at the same step. They
+    do it on the CPU, so that nothing waits for the GPUs.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.caught: int | None = None
+        self.caught = 0  # the number of the signal
         self.process = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if args.world_size == 1:
-            self.before = {number: signal.signal(number, self.catch) for number in self.SIGNALS}
+        self.group = dist.new_group(backend="gloo") if args.world_size > 1 else None
+        self.before = {number: signal.signal(number, self.catch) for number in self.SIGNALS}
 
     def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if args.world_size == 1:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a worker of the data loader, which has inherited this handler
@@ -47,14 +48,23 @@ class StopOnSignal(TrainerCallback):
         say("\nstopping after this step, with a checkpoint (once more: stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if self.group:
+            caught = torch.tensor(self.caught)
+            dist.all_reduce(caught, dist.ReduceOp.MAX, self.group)
+            self.caught = int(caught)
         if self.caught:
             control.should_save = control.should_training_stop = True
         return control
 
     def exit_if_caught(self) -> None:
         """End the program with the exit code that a shell expects after a signal: 130 or 143."""
-        if self.caught:
-            fail(f"stopped by {signal.Signals(self.caught).name}; resume with:\n{resume_command()}", 128 + self.caught)
+        if not self.caught:
+            return
+        if is_main_process():
+            announce(f"stopped by {signal.Signals(self.caught).name}; resume with:\n{resume_command()}")
+        if self.group:
+            dist.barrier(self.group)  # torchrun ends all others when the first one exits
+        raise SystemExit(128 + self.caught)
 
 
 class NotFiniteGuard(TrainerCallback):

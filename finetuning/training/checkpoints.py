@@ -5,6 +5,7 @@ A checkpoint without that file is half written.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,17 +20,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.adapter.fingerprint import compare_fingerprints
-from finetuning.adapter.folder import CONFIG, INFO, METRICS, SCRATCH, WEIGHTS
-from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+from finetuning.adapter.folder import CONFIG, INFO, METRICS, SCRATCH, WEIGHTS, adapter_state, write_adapter
+from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, say, warn
 
 STATE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
+# What takes the place of optimizer.pt if an engine divides the optimizer: the file that is written last.
+OPTIMIZERS = {"FSDP": "optimizer_0/.metadata", "DeepSpeed": "latest", None: "optimizer.pt"}
 
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
-# Fields of TrainingArguments that a resumed run must share.
-RUN_SETTINGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+# Fields of TrainingArguments that a resumed run must share; with another number of processes, the rows of a step.
+ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+RUN_SETTINGS = ("seed", *ROWS, "learning_rate")
 
 
 class CheckpointWriter(TrainerCallback):
@@ -54,11 +58,16 @@ class CheckpointWriter(TrainerCallback):
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PeftModel, **kwargs: Any
+    ) -> None:
+        weights = adapter_state(model)
         PartialState().wait_for_everyone()  # each process writes its own random state
         if not args.should_save:
             return
         folder = checkpoint_folder(args.output_dir, state.global_step)
+        if not (folder / WEIGHTS).exists():  # with FSDP the Trainer leaves it to us
+            write_adapter(model, weights, folder)
         for name, text in self.adapter_files.items():
             if name != INFO:
                 (folder / name).write_text(text, encoding="utf-8")
@@ -75,9 +84,10 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
 
 def flush_to_disk(folder: Path) -> None:
     """Wait until the files of a folder are on the disk, so that a power cut cannot take their contents."""
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
     if os.name != "nt":  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -148,7 +158,9 @@ def remove_checkpoints(output_dir: str) -> None:
 
 def find_broken_part(folder: Path) -> str | None:
     """The first file that a checkpoint lacks, or that was only half written; None for a whole checkpoint."""
-    for name in (CONFIG, WEIGHTS, *PICKLES, STATE, INFO):
+    if not any((folder / name).is_file() for name in OPTIMIZERS.values()):
+        return f"{OPTIMIZERS[None]} is missing"
+    for name in (CONFIG, WEIGHTS, PICKLES[1], STATE, INFO):
         if not (folder / name).is_file():
             return f"{name} is missing"
     if not any(folder.glob("rng_state*.pth")):
@@ -161,7 +173,9 @@ def find_broken_part(folder: Path) -> str | None:
     except (ValueError, SafetensorError):
         return f"{name if name != INFO else WEIGHTS} is broken"
     for path in [folder / name for name in PICKLES] + list(folder.glob("rng_state*.pth")):
-        if not zipfile.is_zipfile(path):  # torch.save writes a zip file, whose table of contents comes last
+        if path.exists() and not zipfile.is_zipfile(
+            path
+        ):  # torch.save writes a zip file, whose table of contents comes last
             return f"{path.name} is broken"
     return None
 
@@ -206,7 +220,42 @@ def find_resume_checkpoint(
     for name in ("quantization", "data_sha256", "prompt_format"):
         if saved_info[name] != info[name]:
             fail(f"'{folder}' was trained with another {name}; {remedy}")
-    for name, old in saved_info.get("settings", {}).items():
-        if old != info["settings"].get(name):
-            fail(f"'{folder}' was trained with --{name} {old}, not {info['settings'].get(name)}; {remedy}")
+    check_settings(folder, saved_info.get("settings", {}), info["settings"], remedy)
     return str(folder)
+
+
+def check_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any], remedy: str) -> None:
+    """Refuse to resume with other settings; print what another number of processes changes.
+
+    Args:
+        folder: the checkpoint.
+        saved, current: the settings of the run that wrote it, and of the run that is about to start.
+    """
+    old, new = saved.get("engine"), current["engine"]
+    if old != new:
+        fail(
+            f"'{folder}' was trained with {old or 'whole weights'}, and this run has {new or 'whole weights'}: their "
+            f"checkpoints differ; {remedy}"
+        )
+    before, now = saved.get("processes", 1), current["processes"]
+    names = [name for name in saved if name not in ("engine", "processes")]
+    if before != now:
+        if old == "DeepSpeed":
+            fail(f"'{folder}' was trained with {before} processes, and DeepSpeed resumes with as many; {remedy}")
+        rows, these = rows_of_a_step(saved), rows_of_a_step(current)
+        if rows != these:
+            fail(
+                f"'{folder}' was trained with {rows} rows a step in {before} process(es); {now} now have {these}: set "
+                f"--per_device_train_batch_size and --gradient_accumulation_steps so that it stays {rows}"
+            )
+        say(
+            f"resumed with {now} process(es) instead of {before}: each step keeps its rows, dropout draws other numbers"
+        )
+        names = [name for name in names if name not in ROWS]
+    for name in names:
+        if saved[name] != current.get(name):
+            fail(f"'{folder}' was trained with --{name} {saved[name]}, not {current.get(name)}; {remedy}")
+
+
+def rows_of_a_step(settings: dict[str, Any]) -> int:
+    return settings.get("processes", 1) * math.prod(settings[name] for name in ROWS)

@@ -19,6 +19,8 @@ from finetuning.preprocessing.prompts import IGNORE_INDEX
 # The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
 FULL_ATTENTION_FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# Nothing to learn: for the last batch of an epoch, if there are fewer rows than processes.
+BLANK_ROW = {"input_ids": [0], "attention_mask": [1], "labels": [IGNORE_INDEX]}
 
 
 def can_flatten(config: PreTrainedConfig) -> bool:
@@ -54,7 +56,7 @@ class FlattenCollator:
     num_virtual_tokens: int = 0
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
-        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows or [BLANK_ROW]]
         input_ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
         position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
         # The last token of the row before would predict a row's first label: it is not supervised.
@@ -88,7 +90,7 @@ class PadCollator:
     num_virtual_tokens: int = 0
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
-        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows]
+        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows or [BLANK_ROW]]
         length = max(len(row["input_ids"]) for row in rows)
 
         def pad(field: str, value: int) -> torch.Tensor:

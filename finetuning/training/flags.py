@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag, renamed_fields
 from finetuning.cli.console import fail, say
+from finetuning.training.processes import check_engine, engine_asked_for, say_how_many
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
 LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -118,6 +119,7 @@ def parse_arguments(
         fail("--bf16 True: this GPU has no bfloat16 (Ampere and later have); leave it out, and train in float16")
     flags.bf16 = flags.bf16 and on_cuda
     flags.fp16 = flags.fp16 and on_cuda and not flags.bf16
+    flags.use_cpu = flags.use_cpu or not torch.accelerator.is_available()  # or torchrun's processes would not be joined
     flags.dataloader_pin_memory = flags.dataloader_pin_memory and on_cuda
     if flags.dataloader_pin_memory and flags.accelerator_config is None:
         flags.accelerator_config = {"non_blocking": True}  # a batch is copied to the GPU while it works
@@ -135,6 +137,7 @@ def parse_arguments(
             fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
         if flags.save_strategy == "steps":
             flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
+    check_engine(engine_asked_for(flags), flags.use_cpu)
     args = Arguments(*parser.to_dataclasses(flags))
     check_combinations(args.data, args.training)
     if args.training.n_gpu > 1:
@@ -142,6 +145,7 @@ def parse_arguments(
         args.training._n_gpu = 1
         say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
     say(describe_precision(args.training, has_bf16))
+    say_how_many(args.training)
     return args
 
 

@@ -79,24 +79,13 @@ class ChunkedLoss:
         self.head = head
 
     @contextmanager
-    def without_logits(self) -> Iterator[None]:
-        """Inside the context, a forward hands its hidden states to this loss, and a single position on to lm_head."""
+    def instead_of_logits(
+        self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> Iterator[None]:
+        """Inside the context, a forward computes this loss before lm_head, which gets a single position.
 
-        def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            self.hidden = args[0]
-            return self.hidden[:, :1]
-
-        hook = self.head.register_forward_pre_hook(keep_hidden)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self.hidden = None
-
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """The loss of the last forward.
+        It happens inside the forward because FSDP and ZeRO-3 put lm_head's weights together only there, in a hook that
+        runs between these two. Nothing goes back through lm_head, so that they need no weights for it then.
 
         Args:
             labels: (B, K) what each position of the hidden states predicts: `shift_labels` of the collators.
@@ -105,4 +94,23 @@ class ChunkedLoss:
         targets = labels.flatten()
         divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         divisor = torch.as_tensor(divisor, device=targets.device)
-        return ChunkedCrossEntropy.apply(self.hidden.flatten(0, -2), self.head.weight, targets, divisor)
+
+        def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            self.hidden = args[0].flatten(0, -2)
+            return args[0][:, :1].detach()
+
+        def compute(head: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            self.loss = ChunkedCrossEntropy.apply(self.hidden, head.weight, targets, divisor)
+
+        hooks = [self.head.register_forward_pre_hook(keep_hidden, prepend=True)]
+        hooks.append(self.head.register_forward_pre_hook(compute))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.hidden = self.loss = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of the last forward. The Trainer's arguments repeat what `instead_of_logits` was told."""
+        return self.loss

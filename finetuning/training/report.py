@@ -43,3 +43,7 @@ def print_next_command(output_dir: str) -> None:
 
 def inference_command(output_dir: str) -> str:
     return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"
+
+
+def scoring_command(output_dir: str, data_path: str) -> str:
+    return f"{inference_command(output_dir)} --data_path {data_path}"

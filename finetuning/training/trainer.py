@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import fail, say
@@ -18,13 +19,15 @@ from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 from finetuning.training.losses import ChunkedLoss
+from finetuning.training.processes import adjust_fsdp, fill_up, share_rows_once
 
 
 class FineTuningTrainer(Trainer):
-    """The stock Trainer with three additions, all in public methods.
+    """The stock Trainer with five additions, all in public methods.
 
     The loss is computed in chunks from the hidden states; attention needs no mask; a loss that is not finite is
-    reported with the rows it came from.
+    reported with the rows it came from; several processes get each row once; the loss of an evaluation is the mean of
+    its tokens.
 
     Args:
         kernel: of attention, from `choose_attention`.
@@ -37,6 +40,8 @@ class FineTuningTrainer(Trainer):
         # in full fine-tuning lm_head is trained too, and the stock loss is used
         self.chunked_loss = None if head.weight.requires_grad else ChunkedLoss(head)
         super().__init__(model, args, compute_loss_func=self.chunked_loss, **kwargs)
+        if self.is_fsdp_enabled:
+            adjust_fsdp(self.accelerator.state.fsdp_plugin, self.base_model.get_decoder().layers)
         self.not_finite_guard = NotFiniteGuard(self.accelerator.scaler)
         self.add_callback(self.not_finite_guard)
 
@@ -49,11 +54,25 @@ class FineTuningTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         row_numbers = inputs.pop("row_numbers", [])
-        with self.chunked_loss.without_logits() if self.chunked_loss else nullcontext():
+        chunked = self.chunked_loss
+        with chunked.instead_of_logits(inputs["labels"], num_items_in_batch) if chunked else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self.not_finite_guard.record(row_numbers, loss.detach())
+        else:
+            self.evaluated += torch.stack([loss.detach() * num_items_in_batch, num_items_in_batch])
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The stock loop, with the mean loss of all supervised tokens, and not of the batches' means."""
+        self.evaluated = torch.zeros(2, device=self.args.device)  # the tokens' losses, summed up, and their number
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self.evaluated, "mean").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    def get_train_dataloader(self) -> DataLoader:
+        return share_rows_once(super().get_train_dataloader())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         autocast = self.args.fp16 or self.args.bf16
@@ -105,6 +124,8 @@ def make_trainer(
     if adapter_files:
         callbacks += (CheckpointWriter(adapter_files, args.save_total_limit),)
         args.save_total_limit = None  # or the Trainer would remove an old checkpoint before the new one is whole
+    if eval_dataset is not None and args.world_size > 1:
+        eval_dataset = fill_up(eval_dataset, args.eval_batch_size * args.world_size)
     capability = torch.cuda.get_device_capability(args.device) if args.device.type == "cuda" else None
     flattened = isinstance(collator, FlattenCollator)
     kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16, torch_has_varlen())

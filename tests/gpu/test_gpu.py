@@ -120,9 +120,10 @@ def loss_and_gradient(dtype: torch.dtype, kernel: str, collator: Any) -> tuple[f
     batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     labels = batch.pop("labels")
     chunked = ChunkedLoss(model.get_base_model().get_output_embeddings())
-    with torch.autocast("cuda", dtype), attention(model.get_base_model(), kernel), chunked.without_logits():
+    attended = attention(model.get_base_model(), kernel)
+    with torch.autocast("cuda", dtype), attended, chunked.instead_of_logits(labels, 1):
         model(**batch)
-        loss = chunked(None, labels, 1)
+        loss = chunked()
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad]
     return loss.item(), torch.cat(gradients)

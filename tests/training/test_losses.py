@@ -29,10 +29,10 @@ def fast_loss(model: torch.nn.Module, batch: dict[str, Any], items: torch.Tensor
     base = model.get_base_model() if isinstance(model, SoftPromptModel) else model
     chunked = ChunkedLoss(base.get_output_embeddings())
     labels = batch.pop("labels")
-    with chunked.without_logits():
+    with chunked.instead_of_logits(labels, items):
         output = model(**batch)
         assert output.logits.shape[:2] == (len(labels), 1)  # of a single position
-        return chunked(output, labels, num_items_in_batch=items)
+        return chunked(output, labels)
 
 
 def freeze_vocabulary(model: torch.nn.Module) -> list[torch.nn.Parameter]:

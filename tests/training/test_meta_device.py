@@ -65,8 +65,9 @@ def test_a_training_step_reads_nothing(model_type: str, kernel: str, method: str
     }
     base = model.get_base_model()
     chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
-    with attention(base, kernel), chunked.without_logits():
-        loss = chunked(model(**batch), labels, torch.ones((), dtype=torch.long, device="meta"))
+    items = torch.ones((), dtype=torch.long, device="meta")
+    with attention(base, kernel), chunked.instead_of_logits(labels, items):
+        loss = chunked(model(**batch))
         loss.backward()
     assert loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

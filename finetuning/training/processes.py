@@ -1,0 +1,118 @@
+"""Several processes, each with a GPU of its own: what engine joins them, and how they share the rows of an epoch."""
+
+import os
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset, concatenate_datasets
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import strtobool
+
+from finetuning.cli.console import fail, say
+from finetuning.training.collators import BLANK_ROW
+
+
+def engine_asked_for(args: Any) -> str | None:
+    """ "FSDP" or "DeepSpeed", if a flag or accelerate's configuration asks for it; None for DDP and for one process.
+
+    Args:
+        args: TrainingArguments, or the flags that they will be made of.
+    """
+    for name, flag in {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed}.items():
+        if flag or strtobool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+            return name
+    return None
+
+
+def check_engine(engine: str | None, use_cpu: bool) -> None:
+    """Refuse an engine that cannot work here. accelerate would train without it, and without a word.
+
+    Args:
+        engine: from `engine_asked_for`.
+
+    Raises:
+        SystemExit: code 2.
+    """
+    if engine and use_cpu:
+        fail(
+            f"{engine} was asked for, but there is no GPU, and accelerate would leave it out without a word; "
+            "use configs/ddp.yaml"
+        )
+    if engine and "LOCAL_RANK" not in os.environ:
+        fail(f"{engine} was asked for, but this process was started alone; start it with accelerate launch or torchrun")
+    if engine == "DeepSpeed" and not find_spec("deepspeed"):
+        fail("DeepSpeed was asked for, but is not installed: pip install deepspeed")
+
+
+def shards_weights(args: TrainingArguments) -> bool:
+    """Whether each process holds only a part of the base weights: with FSDP, and with DeepSpeed's ZeRO-3."""
+    if engine_asked_for(args) == "DeepSpeed":
+        return is_deepspeed_zero3_enabled()
+    return engine_asked_for(args) == "FSDP"
+
+
+def adjust_fsdp(plugin: FullyShardedDataParallelPlugin, layers: Iterable[torch.nn.Module]) -> None:
+    """Let FSDP divide by decoder layers, cast nothing, and save in parts, whatever the configuration says.
+
+    accelerate looks for layers by names of the model's class; Qwen3.5 has some there that its text part lacks.
+    Autocast casts, as everywhere; accelerate's policy would also add up gradients, and hand out the loss, in half
+    precision. FULL_STATE_DICT would gather all base weights in one process for each checkpoint.
+    """
+    plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+
+
+class EqualTurns(BatchSampler):
+    """The batches of an epoch, and then empty ones until each process has had as many.
+
+    accelerate alone repeats rows from the beginning of the epoch, which would then count twice.
+    """
+
+    def __init__(self, batches: BatchSampler, processes: int) -> None:
+        self.batches = batches
+        self.processes = processes
+        self.drop_last = False
+        self.batch_size = None  # tells accelerate that batches differ in size
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.processes) * self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches
+        yield from [[] for _ in range(len(self) - len(self.batches))]
+
+
+def share_rows_once(loader: DataLoader) -> DataLoader:
+    """Let each row of an epoch reach one process, once. Changes accelerate's loader, if it deals batches out."""
+    shard = loader.batch_sampler
+    if isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.drop_last:
+        shard.batch_sampler = EqualTurns(shard.batch_sampler, shard.num_processes)
+        shard.batch_size = None
+    return loader
+
+
+def fill_up(dataset: Dataset, multiple: int) -> Dataset:
+    """The dataset, and rows without anything to learn up to a multiple: for evaluation, which has no order to keep."""
+    missing = -len(dataset) % multiple
+    if not missing:
+        return dataset
+    blank = {name: BLANK_ROW.get(name, 0) for name in dataset.column_names}
+    return concatenate_datasets([dataset, Dataset.from_list([blank] * missing, features=dataset.features)])
+
+
+def say_how_many(args: TrainingArguments) -> None:
+    """Print how many processes share the rows of a step."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        engine = engine_asked_for(args) or "DDP"
+        say(f"{processes} processes ({engine}), {rows} rows each: {rows * processes} rows a step")

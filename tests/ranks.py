@@ -1,0 +1,126 @@
+"""What each of several processes does in tests/training/test_distributed.py and test_sharding.py; torchrun starts it.
+
+    PYTHONPATH=.:tests torchrun --nproc_per_node 2 tests/ranks.py '[["train_lora", "--max_steps", "2"]]'
+
+It runs the command lines one after the other, which saves the start of new processes. With "fsdp" before the script's
+name the run goes through accelerate's FSDP2 on CPUs, which accelerate itself refuses: the CPUs pass for GPUs. With
+"fully_shard", torch's own FSDP2 is put around the models of support.py, and the difference from one process is printed.
+"""
+
+import importlib
+import json
+import os
+import sys
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from support import make_model, make_rows, make_soft
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.training import flags
+from finetuning.training.attention import attention
+from finetuning.training.collators import FlattenCollator
+from finetuning.training.losses import ChunkedLoss
+
+# What `accelerate launch --config_file configs/fsdp.yaml` sets; tests/training/test_sharding.py compares.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def train(script: str, *words: str) -> None:
+    sys.argv = [f"{script}.py", *words]
+    importlib.import_module(script).main()
+
+
+def train_with_fsdp(script: str, *words: str) -> None:
+    check = flags.check_combinations
+
+    def pass_for_gpus(data: object, args: object) -> None:
+        check(data, args)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    with (
+        patch.dict(os.environ, FSDP),
+        patch.object(flags, "check_engine", lambda *args: None),
+        patch.object(flags, "check_combinations", pass_for_gpus),
+    ):
+        train(script, *words)
+
+
+def loss_and_gradients(
+    model: torch.nn.Module, rows: list[dict[str, list[int]]], divisor: int
+) -> tuple[float, list[torch.Tensor]]:
+    base = model.get_base_model()
+    batch = FlattenCollator(len(getattr(model, "virtual_tokens", [])))(rows)
+    chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
+    half = base.dtype == torch.bfloat16
+    with attention(base, "rows"), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with chunked.instead_of_logits(labels, torch.tensor(divisor)):
+            model(**batch)
+            loss = chunked()
+    loss.backward()
+    return loss.item(), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+def shard_directly() -> None:
+    """Print how far loss and gradients with torch's `fully_shard` are from those of one process."""
+    rank, rows = dist.get_rank(), make_rows((9, 3, 14, 6))
+    divisor = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    for kind in ("lora", "soft prompt"):
+        for dtype in (torch.float32, torch.bfloat16):
+            models = []
+            for _ in range(2):
+                if kind == "lora":
+                    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+                    model = get_peft_model(make_model().to(dtype), config)
+                    generator = torch.Generator().manual_seed(5)
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+                else:
+                    model = make_soft()
+                    model.get_base_model().to(dtype)
+                models.append(model)
+            alone, sharded = models
+            loss, gradients = loss_and_gradients(alone, rows, divisor)
+            for layer in sharded.get_base_model().model.layers:
+                fully_shard(layer, mp_policy=MixedPrecisionPolicy())
+            fully_shard(sharded, mp_policy=MixedPrecisionPolicy())
+            part, parts = loss_and_gradients(sharded, rows[rank::2], divisor)
+            total = torch.tensor(part)
+            dist.all_reduce(total)
+            parts = [2 * part.full_tensor() for part in parts]  # FSDP divides by the number of processes
+            scale = max(gradient.abs().max().item() for gradient in gradients)
+            difference = max((a - b).abs().max().item() for a, b in zip(gradients, parts, strict=True)) / scale
+            report = {"kind": kind, "dtype": str(dtype), "loss": abs(total.item() - loss), "gradient": difference}
+            if rank == 0:
+                print("fully_shard", json.dumps(report), flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    for words in json.loads(sys.argv[1]):
+        if words[0] == "fully_shard":
+            shard_directly()
+        elif words[0] == "fsdp":
+            train_with_fsdp(*words[1:])
+        else:
+            train(*words)
+
+
+if __name__ == "__main__":
+    main()
