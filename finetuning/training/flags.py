@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag, renamed_fields
 from finetuning.cli.console import fail, say
-from finetuning.training.processes import check_engine, engine_asked_for, say_how_many
+from finetuning.training.processes import check_engine, count_processes, engine_asked_for, say_how_many
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
 LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -169,6 +169,8 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
     for name in [reports] if isinstance(reports, str) else reports:
         if name not in ("none", "all") and not find_spec(name):
             fail(f"--report_to {name} needs the package of that name: pip install {name}, or leave the flag out")
+    if data_args.dry_run and count_processes() > 1:
+        fail("--dry_run True measures what one process needs: start it without torchrun or accelerate launch")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
     checkpointing = training_args.gradient_checkpointing_kwargs or {}

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import strtobool
+from transformers.utils import logging, strtobool
 
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fail, is_main_process, say
 from finetuning.training.collators import BLANK_ROW
 
 
@@ -109,9 +109,16 @@ def fill_up(dataset: Dataset, multiple: int) -> Dataset:
     return concatenate_datasets([dataset, Dataset.from_list([blank] * missing, features=dataset.features)])
 
 
+def count_processes() -> int:
+    """How many processes the launcher has started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say_how_many(args: TrainingArguments) -> None:
-    """Print how many processes share the rows of a step."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    """Print how many processes share the rows of a step; only the first of them shows progress bars."""
+    processes = count_processes()
+    if not is_main_process():
+        logging.disable_progress_bar()
     if processes > 1:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         engine = engine_asked_for(args) or "DDP"
