@@ -56,7 +56,14 @@ from finetuning.training.checkpoints import (
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
-from finetuning.training.report import inference_command, print_first_row, print_next_command, print_speed
+from finetuning.training.report import (
+    describe_run,
+    inference_command,
+    print_first_row,
+    print_next_command,
+    print_speed,
+    write_report,
+)
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
@@ -222,17 +229,20 @@ def train(
     if args.data.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
-    train_and_save(model, tokenizer, train_data, eval_data, args)
+    run = train_and_save(model, tokenizer, train_data, eval_data, args)
+    scores = ""
     if eval_data and eval_data.rows is not None:
-        evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+        scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+    if args.training.should_save:
+        write_report(run, scores, args.training.output_dir)
     upload_adapter(args.training)
     print_next_command(args.training.output_dir)
 
 
 def train_and_save(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
-) -> None:
-    """Train, from a checkpoint if asked to; then save the adapter if it passes its checks, and print the speed."""
+) -> dict[str, Any]:
+    """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir = args.training.output_dir
     settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
     settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
@@ -253,9 +263,9 @@ def train_and_save(
         save_adapter(model, output_dir, start, files)
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
-    resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
-    share = 1 - resumed_at / result.global_step
-    print_speed(result.metrics, share, train_data.dataset, output_dir, args.training.device)
+    run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
+    print_speed(run["speed"], output_dir)
+    return run
 
 
 def evaluate(
@@ -264,12 +274,12 @@ def evaluate(
     rows: Rows,
     labels: dict[str, list[str]],
     args: TrainingArguments,
-) -> None:
-    """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
+) -> str:
+    """Answer the evaluation rows with the trained adapter; print and return the scores, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
     command = f"{inference_command(args.output_dir)} --data_path {rows.path} --batch_size 1"
     batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
     with memory_advice(args.device, [command], place):
         answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
-    report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)
+    return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)
