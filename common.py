@@ -58,7 +58,14 @@ from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
 from finetuning.training.processes import engine_asked_for, shards_weights
-from finetuning.training.report import print_first_row, print_next_command, print_speed, scoring_command
+from finetuning.training.report import (
+    describe_run,
+    print_first_row,
+    print_next_command,
+    print_speed,
+    scoring_command,
+    write_report,
+)
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
@@ -232,20 +239,22 @@ def train(
     if args.data.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
-    train_and_save(model, tokenizer, train_data, eval_data, args)
-    output_dir = args.training.output_dir
+    run = train_and_save(model, tokenizer, train_data, eval_data, args)
+    output_dir, scores = args.training.output_dir, ""
     if eval_data and eval_data.rows is not None and shards_weights(args.training):
         say(f"no scores, as the model is divided; for them: {scoring_command(output_dir, eval_data.rows.path)}")
     elif eval_data and eval_data.rows is not None:
-        evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+        scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+    if args.training.should_save:
+        write_report(run, scores, output_dir)
     upload_adapter(args.training)
     print_next_command(output_dir)
 
 
 def train_and_save(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
-) -> None:
-    """Train, from a checkpoint if asked to; then save the adapter if it passes its checks, and print the speed."""
+) -> dict[str, Any]:
+    """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir = args.training.output_dir
     settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
     settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
@@ -270,9 +279,9 @@ def train_and_save(
         save_adapter(model, state, output_dir, start, files)
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
-    resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
-    share = 1 - resumed_at / result.global_step
-    print_speed(result.metrics, share, train_data.dataset, output_dir, args.training.device)
+    run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
+    print_speed(run["speed"], output_dir)
+    return run
 
 
 def evaluate(
@@ -281,12 +290,12 @@ def evaluate(
     rows: Rows,
     labels: dict[str, list[str]],
     args: TrainingArguments,
-) -> None:
-    """Answer the evaluation rows with the trained adapter, print how good the answers are, and write metrics.json."""
+) -> str:
+    """Answer the evaluation rows with the trained adapter; print and return the scores, and write metrics.json."""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
     command = f"{scoring_command(args.output_dir, rows.path)} --batch_size 1"
     batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
     with memory_advice(args.device, [command], place):
         answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
-    report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)
+    return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)

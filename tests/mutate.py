@@ -50,6 +50,17 @@ MUTANTS = [
     Mutant("finetuning/preprocessing/label_words.py", " or len(self.words) > MOST_COUNTED", "", "test_token_dataset texts"),
     Mutant("finetuning/preprocessing/label_words.py", "self.words is None or other.words is None or", "self.words is None or", "test_token_dataset parts"),
     Mutant("common.py", "data.data_path, set(held_out[\"row_number\"])", "data.data_path, None", "test_train_lora held"),
+    # the report of a run
+    Mutant("finetuning/training/report.py", "if math.isfinite(value) else None", "", "test_report overflows"),
+    Mutant("finetuning/training/report.py", "history.setdefault(entry[\"step\"], {\"step\": entry[\"step\"]})", "history.setdefault(len(history), {\"step\": entry[\"step\"]})", "test_report that_of_the_run"),
+    Mutant("finetuning/training/report.py", "int(Path(checkpoint).name.split(\"-\")[1]) if checkpoint else 0", "0", "test_report resumed"),
+    Mutant("finetuning/training/report.py", "    except Exception as error:\n", "    except ZeroDivisionError as error:\n", "test_report outlives"),
+    Mutant("finetuning/training/report.py", '        if find_spec("matplotlib"):\n', "        if True:\n", "test_report matplotlib"),
+    Mutant("finetuning/training/checkpoints.py", "for name in (METRICS, REPORT, CURVE):", "for name in (METRICS,):", "test_report outlives"),
+    Mutant("finetuning/training/loss_curve.py", 'with style.context("default"):', "if True:", "test_report picture"),
+    Mutant("finetuning/adapter/model_card.py", "base_model=base if on_hub else None", "base_model=base", "test_report card"),
+    Mutant("finetuning/adapter/model_card.py", "    while fence in text:\n", "    while False:\n", "test_report card"),
+    Mutant("finetuning/cli/console.py", 'return re.sub(r"(--hub[_-]token)[ =]\\S+", r"\\1 ...", line)', "return line", "test_report token"),
     # prompts and labels
     Mutant("finetuning/preprocessing/prompts.py", "split_special_tokens=True", "split_special_tokens=False", "test_prompts"),
     Mutant("finetuning/preprocessing/templates.py", "return special_tokens(tokenizer).sub(", "return text or special_tokens(tokenizer).sub(", "test_prompts"),

@@ -24,7 +24,7 @@ from common import load_model, load_tokenizer, preprocess, training_dtype
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import make_generation_config
-from finetuning.training import hub
+from finetuning.training import hub, report
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -62,6 +62,8 @@ def test_adapter_folder_holds_the_adapter_and_little_else(run: Run, flags: list[
         "adapter_info.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "loss.png",
+        "training_report.json",
     ]
     weights = adapter_weights(out)
     assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in weights.items())
@@ -339,7 +341,8 @@ def interrupted(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_speed_of_a_resumed_run(run: Run, interrupted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 64: three of six steps were taken before the interruption."""
     shares = []
-    monkeypatch.setattr("common.print_speed", lambda metrics, share, *rest: shares.append(share))
+    measure = report.measure_speed
+    monkeypatch.setattr(report, "measure_speed", lambda *args: shares.append(args[1]) or measure(*args))
     run(*interrupted, "--resume_from_checkpoint", "True")
     run(*interrupted, "--overwrite_output_dir", "True")
     assert shares == [0.5, 1]
@@ -532,7 +535,7 @@ def test_push_to_hub(run: Run, flags: list[str], tmp_path: Path, monkeypatch: py
     assert "uploaded to me/out" in run(*flags)
     assert calls == [("out", {"token": "t", "private": None, "exist_ok": True})]
     files = ["README.md", "adapter_config.json", "adapter_info.json", "adapter_model.safetensors"]
-    files += ["chat_template.jinja", "checkpoint-4", "checkpoint-6"]
+    files += ["chat_template.jinja", "checkpoint-4", "checkpoint-6", "loss.png", "training_report.json"]
     assert uploaded == [("me/out", files, ["checkpoint-*"])]
 
     monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=ConnectionError("no route")))

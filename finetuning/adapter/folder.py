@@ -4,14 +4,13 @@ adapter_model.safetensors, adapter_config.json    the adapter as PEFT writes it
 chat_template.jinja                               the prompt format it was trained with
 adapter_info.json                                 what inference must match: base model, quantisation, stop tokens
 metrics.json                                      scores on the evaluation rows, if there are any
+training_report.json, loss.png, README.md         how it was made: the whole run, its losses, and the model card
 """
 
 import copy
 import json
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +26,14 @@ from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprint
 from finetuning.adapter.sharding import gathered, whole_copy
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
-from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+from finetuning.cli.console import command_line, fail, first_line, is_disk_error, resume_command, warn
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
+REPORT, CURVE, CARD = "training_report.json", "loss.png", "README.md"
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
 SCRATCH = ".saving"  # prefix of folders still being written
@@ -58,7 +58,7 @@ def describe_adapter(
         "stop_token_ids": stop_token_ids(tokenizer),
         "thinking": summary.mostly_thoughts(),
         "labels": summary.labels(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "data_sha256": summary.sha256,
         "settings": settings,
         "versions": {name: version(name) for name in libraries},

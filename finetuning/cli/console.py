@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -88,6 +89,12 @@ def end_quietly_on_interrupt() -> None:
             others(kind, *rest)
 
     sys.excepthook = hook
+
+
+def command_line() -> str:
+    """The command line as it may be published: without the token of `--hub_token`."""
+    line = shlex.join(["python", *sys.argv])
+    return re.sub(r"(--hub[_-]token)[ =]\S+", r"\1 ...", line)
 
 
 def resume_command() -> str:

@@ -24,7 +24,7 @@ def report(
     labels: dict[str, list[str]],
     file: Path | None,
     **head: Any,
-) -> None:
+) -> str:
     """Print how many answers were cut and, for rows with the right answer, the scores.
 
     Args:
@@ -32,10 +32,14 @@ def report(
         labels: the label words of each task in the training data, from `Summary.labels`.
         file: gets the same as JSON.
         head: fields to put first in the file.
+
+    Returns:
+        The scores as Markdown, "" if there are none.
     """
     cut = sum("cut" in prediction for prediction in predictions)
     say(f"{len(rows)} rows answered, {cut} of the answers cut before their end")
     head |= {"rows": len(rows), "cut": cut}
+    table = ""
     numbers = [number for number, row in enumerate(rows) if expected_answer(row) is not None]
     if missing_scorers():
         warn(f"no scores without {' and '.join(missing_scorers())}: pip install {' '.join(missing_scorers())}")
@@ -46,9 +50,11 @@ def report(
             [expected_answer(rows[number]) for number in numbers],
             labels,
         )
-        say(format_scores(head["scores"]))
+        table = format_scores(head["scores"])
+        say(table)
     if file:
         file.write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return table
 
 
 def score(

@@ -20,7 +20,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.adapter.fingerprint import compare_fingerprints
-from finetuning.adapter.folder import CONFIG, INFO, METRICS, SCRATCH, WEIGHTS, adapter_state, write_adapter
+from finetuning.adapter.folder import (
+    CONFIG,
+    CURVE,
+    INFO,
+    METRICS,
+    REPORT,
+    SCRATCH,
+    WEIGHTS,
+    adapter_state,
+    write_adapter,
+)
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, say, warn
 
 STATE = "trainer_state.json"
@@ -137,12 +147,13 @@ def check_output_dir(output_dir: str, allowed: bool) -> None:
 
 
 def clear_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Remove what a killed run was still writing and, to overwrite, the checkpoints and scores of an earlier run."""
+    """Remove what a killed run was still writing and, to overwrite, the checkpoints, scores and report of another."""
     for folder in Path(output_dir).glob(SCRATCH + "*"):
         shutil.rmtree(folder)
     if overwrite:
         remove_checkpoints(output_dir)
-        Path(output_dir, METRICS).unlink(missing_ok=True)
+        for name in (METRICS, REPORT, CURVE):
+            Path(output_dir, name).unlink(missing_ok=True)
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -1,17 +1,55 @@
-"""What a run prints: the first row before it starts; when it is done, what it took and what to try next."""
+"""What a run tells: its first row; when it is done, what it took, on the screen and beside the adapter.
 
+training_report.json    everything there is to know of the run
+loss.png                its losses and learning rate
+README.md               the model card
+"""
+
+import json
+import math
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftType
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from finetuning.cli.console import say
+from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
+from finetuning.adapter.model_card import make_model_card
+from finetuning.cli.console import say, warn
 from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.prompts import mark_answers
+from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.training.flags import Arguments
+from finetuning.training.loss_curve import draw_losses
+
+LOGGED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm")  # what the report keeps of the Trainer's log
+# Fields of adapter_info.json that the report repeats, so that it can be read alone.
+REPEATED = ("base_model", "quantization", "prompt_format", "thinking", "command", "versions")
+# Fields of TrainingArguments that say how an adapter was trained.
+SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "gradient_checkpointing",
+    "fp16",
+    "bf16",
+    "seed",
+)
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -19,21 +57,121 @@ def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
 
 
-def print_speed(
-    metrics: dict[str, float], share: float, train_dataset: Dataset, output_dir: str, device: torch.device
-) -> None:
-    """Print time, tokens a second and peak memory.
+def measure_speed(
+    metrics: dict[str, float], share: float, train_dataset: Dataset, device: torch.device
+) -> dict[str, float]:
+    """Time, tokens a second and peak memory of a run.
 
     Args:
         metrics: of the Trainer's result. Its speed counts all steps of the run.
         share: of the steps that were taken now; the others were taken before the run was resumed.
     """
     tokens_per_row = sum(row_lengths(train_dataset)) / len(train_dataset)
-    tokens_per_second = metrics["train_samples_per_second"] * share * tokens_per_row
+    return {
+        "seconds": metrics["train_runtime"],
+        "tokens_per_second": metrics["train_samples_per_second"] * share * tokens_per_row,
+        "peak_memory_gib": peak_reserved(device) / GIB,
+    }
+
+
+def print_speed(speed: dict[str, float], output_dir: str) -> None:
     say(
-        f"trained in {metrics['train_runtime']:.0f} s, {tokens_per_second:,.0f} tokens/s, "
-        f"peak memory {peak_reserved(device) / GIB:.2f} GiB; saved in {output_dir}"
+        f"trained in {speed['seconds']:.0f} s, {speed['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {speed['peak_memory_gib']:.2f} GiB; saved in {output_dir}"
     )
+
+
+def merge_log(log: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """The Trainer's log with one entry for each step, and None for a value that is not finite, which JSON cannot hold.
+
+    With fp16, the gradient norm is infinite at each step that is skipped while the loss scale comes down.
+    """
+    history: dict[int, dict[str, float | None]] = {}
+    for entry in log:
+        values = {name: entry[name] for name in LOGGED if name in entry}
+        if values.keys() - {"epoch"}:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            history.setdefault(entry["step"], {"step": entry["step"]}).update(finite)
+    return list(history.values())
+
+
+def describe_run(
+    trainer: Trainer, metrics: dict[str, float], checkpoint: str | None, summary: Summary, args: Arguments
+) -> dict[str, Any]:
+    """What is known of a finished run, for training_report.json.
+
+    Args:
+        metrics: of the Trainer's result.
+        checkpoint: that the run was resumed from. Its log is part of the history; the speed is that of the steps since.
+        summary: of the training data.
+    """
+    state, device = trainer.state, args.training.device
+    resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    config = trainer.model.peft_config["default"]
+    settings = {"model_path": args.model.model_path} | vars(args.method)
+    if config.peft_type == PeftType.PROMPT_TUNING:
+        settings["num_virtual_tokens"] = config.num_virtual_tokens  # also if the text gave it
+    settings |= {name: getattr(args.training, name) for name in SETTINGS}
+    settings |= {"max_length": args.data.max_length}
+    counts = {name: getattr(summary, name) for name in ("rows", "whole", "cut", "dropped", "examples")}
+    evaluated = {"eval_split": args.data.eval_split} if args.data.eval_split else {"path": args.data.eval_data_path}
+    return {
+        "method": config.peft_type.value,
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "data": {"path": summary.path, "sha256": summary.sha256} | counts,
+        "trained_on_examples": len(trainer.train_dataset),
+        "evaluated_on": {**evaluated, "examples": len(trainer.eval_dataset)} if trainer.eval_dataset else None,
+        "settings": settings,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "resumed_at_step": resumed_at,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "speed": measure_speed(metrics, 1 - resumed_at / state.global_step, trainer.train_dataset, device),
+        "history": merge_log(state.log_history),
+    }
+
+
+def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
+    """Write the report, the picture and the model card of a run beside its adapter. What fails only gives a warning.
+
+    Args:
+        run: from `describe_run`.
+        scores: on the evaluation rows, as Markdown; "" if there are none.
+    """
+    folder = Path(output_dir)
+
+    def write_json() -> None:
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        repeated = {name: info[name] for name in REPEATED}
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else None
+        report = repeated | run | {"metrics": metrics}
+        text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False, default=str)
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+
+    def draw_picture() -> None:
+        if find_spec("matplotlib"):
+            draw_losses(run["history"], folder / CURVE)
+        else:
+            warn(f"no {CURVE} without matplotlib: pip install matplotlib")
+
+    def write_card() -> None:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        card = make_model_card(report, output_dir, scores, CURVE if (folder / CURVE).is_file() else None)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+    attempt(REPORT, write_json)
+    attempt(CURVE, draw_picture)
+    attempt(CARD, write_card)
+
+
+def attempt(name: str, write: Callable[[], None]) -> None:
+    """Call `write`. The adapter is saved and may yet be uploaded: no trouble with a file beside it may end the run."""
+    try:
+        write()
+    except Exception as error:
+        warn(f"{name} could not be written beside the adapter, which is whole: {type(error).__name__}: {error}")
 
 
 def print_next_command(output_dir: str) -> None:

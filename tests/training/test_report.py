@@ -1,0 +1,199 @@
+"""What lies beside an adapter: the report of its run, the picture of its losses, and its model card."""
+
+import json
+import math
+import re
+import shlex
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
+
+import matplotlib
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from support import Run, StopAt, make_model, make_tokenizer, save_checkpoint
+
+import inference
+import train_lora
+import train_prompt_tuning
+from finetuning.adapter.flags import parse_merge_arguments
+from finetuning.generation.generate import make_generation_config
+from finetuning.training import report
+from finetuning.training.loss_curve import draw_losses
+from finetuning.training.report import merge_log
+
+
+@pytest.fixture
+def run(run_main: Run) -> Run:
+    return partial(run_main, train_lora, "--logging_steps", 1)
+
+
+def read_report(folder: Path) -> dict:
+    return json.loads((folder / "training_report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_report_is_that_of_the_run(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
+    """Its losses are the printed ones, and its counts, settings and hash are those of the other files."""
+    printed = run(*flags, "--eval_split", 0.25, "--eval_metrics", False, "--lora_r", 4)
+    found, info = read_report(tmp_path / "out"), json.loads((tmp_path / "out/adapter_info.json").read_text("utf-8"))
+    assert {name: found[name] for name in ("command", "versions", "base_model")} == {
+        name: info[name] for name in ("command", "versions", "base_model")
+    }
+    assert found["data"]["sha256"] == info["data_sha256"] and found["data"]["path"] == rows_path
+    assert (found["data"]["rows"], found["trained_on_examples"]) == (12, 9)
+    assert found["evaluated_on"] == {"eval_split": 0.25, "examples": 3}
+    trainable = re.search("trainable parameters: ([\\d,]+) of ([\\d,]+)", printed).groups()
+    assert trainable == (f"{found['trainable_parameters']:,}", f"{found['parameters']:,}")
+    assert found["settings"]["lora_r"] == 4 and found["settings"]["learning_rate"] == 3e-4
+    assert (found["method"], found["steps"], found["resumed_at_step"]) == ("LORA", 6, 0)
+    for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+        logged = [float(value) for value in re.findall(rf"'{name}': '?([\d.e-]+)", printed)]
+        kept = [entry[name] for entry in found["history"] if name in entry]
+        assert kept == pytest.approx(logged, rel=1e-3) and len(kept) == (2 if name == "eval_loss" else 6), name
+    assert [entry["step"] for entry in found["history"]] == [1, 2, 3, 4, 5, 6]
+    assert found["metrics"] is None and not (tmp_path / "out/metrics.json").exists()
+
+
+def test_report_of_a_resumed_run_covers_all_steps(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*flags, "--save_steps", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.StopOnSignal", lambda: StopAt(3))
+        run(*flags)
+    run(*flags, "--resume_from_checkpoint", True)
+    resumed = read_report(tmp_path / "out")
+    run(*flags, "--overwrite_output_dir", True)
+    whole = read_report(tmp_path / "out")
+    assert resumed["history"] == whole["history"] and len(whole["history"]) == 6
+    assert (resumed["resumed_at_step"], whole["resumed_at_step"]) == (3, 0)
+    assert "since step 3" in report.make_model_card(resumed, "out", "", None)
+    assert "since step" not in report.make_model_card(whole, "out", "", None)
+
+
+def test_log_of_overflows_stays_json() -> None:
+    log = [
+        {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 1e-3, "epoch": 0.5, "step": 1},
+        {"eval_loss": 1.5, "eval_runtime": 3.0, "epoch": 0.5, "step": 1},
+        {"train_runtime": 9.0, "train_loss": 7.0, "epoch": 1.0, "step": 2},
+    ]
+    together = {"step": 1, "epoch": 0.5, "loss": 2.0, "eval_loss": 1.5, "learning_rate": 1e-3, "grad_norm": None}
+    assert merge_log(log) == [together]
+
+
+@pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
+@pytest.mark.parametrize("format_name", ["plain", "chat"])
+def test_card_is_true(
+    run_main: Run,
+    flags: list[str],
+    rows_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: ModuleType,
+    format_name: str,
+) -> None:
+    """The hub can read it; the command in it made the adapter; its scores are printed ones; its code runs."""
+    monkeypatch.setattr("common.make_generation_config", partial(make_generation_config, max_new_tokens=4))
+    eos = "<|im_end|>" if format_name == "chat" else "<|endoftext|>"
+    model = save_checkpoint(tmp_path / "base", make_tokenizer(eos), make_model())
+    flags = [*flags, "--model_path", model, "--eval_data_path", rows_path]
+    printed = run_main(script, *flags)
+    folder = tmp_path / "out"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    assert {"lora" if script is train_lora else "prompt-tuning", "qwen"} == set(card.data.tags)
+    assert card.data.base_model is None  # a folder of this machine, which the hub refuses as a name
+    found = read_report(folder)
+    assert f"{found['trainable_parameters']:,} trained" in card.text and found["data"]["sha256"] in card.text
+    assert "](loss.png)" in card.text and "on the 12 rows" in card.text.lower()
+    table = card.text[card.text.index("| task |") : card.text.index("## Use it")].strip()
+    assert table in printed and found["metrics"]["scores"]["rows"]["rows"] == 12
+    if script is train_prompt_tuning:
+        assert found["settings"]["num_virtual_tokens"] == 15
+
+    made, asked, merged = (shlex.split(text)[2:] for text in re.findall(r"```bash\n(.*?)\n```", card.text, re.DOTALL))
+    assert made == flags
+    run_main(inference, *asked, "--max_new_tokens", 2)
+    monkeypatch.setattr("sys.argv", ["merge_adapter.py", *merged])
+    assert parse_merge_arguments(None).adapter_path == str(folder)
+    [code] = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)
+    exec(code, {})
+    beginning = "Instruction: 翻译" if format_name == "plain" else "<|im_start|>user\n翻译"
+    assert capsys.readouterr().out.split("Be kind.<|im_end|>\n")[-1].startswith(beginning)
+
+
+def test_card_names_a_base_model_of_the_hub(run: Run, flags: list[str], tmp_path: Path) -> None:
+    run(*flags)
+    found = read_report(tmp_path / "out")
+    found["settings"]["model_path"] = "Qwen/Qwen2.5-7B"
+    found["command"] = "python train_lora.py --note '```'"
+    card = ModelCard(report.make_model_card(found, 'my "own" adapter', "", None))
+    assert card.data.base_model == "Qwen/Qwen2.5-7B" and "before you publish" not in card.text
+    assert "Scores" not in card.text and "loss.png" not in card.text
+    assert f"````bash\n{found['command']}\n````" in card.text
+    compile(re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)[0], "card", "exec")
+
+
+def test_no_token_is_published(run: Run, flags: list[str], tmp_path: Path) -> None:
+    for words in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+        run(*flags, *words, "--overwrite_output_dir", True)
+        for path in (tmp_path / "out").iterdir():
+            assert b"hf_secret" not in path.read_bytes(), path.name
+        assert "--hub_token ... --overwrite_output_dir True" in read_report(tmp_path / "out")["command"]
+
+
+@pytest.mark.parametrize("broken", ["draw_losses", "make_model_card", "REPEATED"])
+def test_adapter_outlives_its_report(
+    run: Run,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+) -> None:
+    """A full disk, a broken matplotlib: the run ends as usual, and nothing of an earlier run stays."""
+    run(*flags)
+    before = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    failure = ["no such field"] if broken == "REPEATED" else Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(report, broken, failure)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["train_lora.py", *flags, "--seed", "7", "--overwrite_output_dir", "True"])
+        train_lora.main()
+    captured = capsys.readouterr()
+    assert "beside the adapter, which is whole" in captured.err and "Try it:" in captured.out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert ("loss.png" in names, "training_report.json" in names) == (broken != "draw_losses", broken != "REPEATED")
+    assert (tmp_path / "out/README.md").read_text(encoding="utf-8") != before
+
+
+def test_without_matplotlib(
+    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's shortest pip command does not install it."""
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr("sys.argv", ["train_lora.py", *flags])
+    train_lora.main()
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "loss.png" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("points", [1, 3, 500])
+def test_picture(tmp_path: Path, points: int) -> None:
+    """Dark lines on white, whatever the user's own style; the evaluation loss is drawn if there is one."""
+    history = [{"step": n, "loss": 2 / n, "learning_rate": 1e-3 / n, "grad_norm": None} for n in range(1, points + 1)]
+    with matplotlib.rc_context({"axes.facecolor": "black", "figure.facecolor": "black", "text.color": "white"}):
+        draw_losses(history, tmp_path / "one.png")
+    draw_losses([*history, {"step": points, "eval_loss": 1.0}], tmp_path / "two.png")
+    orange = []
+    for name in ("one", "two"):
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert picture.size == (1280, 720)
+        colours = {colour: count for count, colour in picture.getcolors(1 << 20)}
+        assert colours[(255, 255, 255)] > 0.8 * 1280 * 720
+        orange.append((0xD1, 0x57, 0x0A) in colours)
+    assert orange == [False, True]
