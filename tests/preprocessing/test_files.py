@@ -16,12 +16,15 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from support import make_tokenizer
 
 import inference
+from common import preprocess
 from finetuning.preprocessing import files, json_rows
 from finetuning.preprocessing.files import find_files, hash_files, read_file
 from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.schema import RowError, rename_fields
+from finetuning.preprocessing.templates import set_prompt_format
 
 ROWS = [
     {"instruction": "翻译为英文", "input": "你好", "output": "Hello, world"},
@@ -262,6 +265,15 @@ def test_a_bad_row_near_the_end_of_the_tenth_file(
     place = {"csv": "line 30"}.get(form, "row 29" if form in ("json", "parquet") else "line 29")
     message = refused(capsys, load_rows, str(tmp_path))
     assert f"{tmp_path}/part-10.{form}: {place}: 'instruction' is empty" in message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_tokens(form: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    set_prompt_format(tokenizer, "plain")
+    expected = preprocess(write(tmp_path / "rows.json", json.dumps(ROWS).encode()), tokenizer, 100).dataset.to_list()
+    found = preprocess(write(tmp_path / f"other.{form}", FORMS[form](ROWS)), tokenizer, 100).dataset.to_list()
+    assert found == expected and len(found) == len(ROWS)
 
 
 # ---- names of fields
