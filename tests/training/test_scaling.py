@@ -1,0 +1,62 @@
+"""The memory on each GPU: arithmetic, compared with figures that were worked out by hand."""
+
+import re
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY, Run
+
+from finetuning.benchmarking import scaling
+from finetuning.benchmarking.scaling import GIB, Size, measure_shape, memory
+
+PARAMETERS_7B = 7_615_616_512
+
+
+def test_weights_of_a_7b() -> None:
+    size = measure_shape("qwen2.5-7b")
+    norm = 3584  # the last one is in no layer
+    assert size.layers * size.layer + 2 * size.vocabulary + norm == PARAMETERS_7B
+    assert size.largest == 3584 * 18944
+    assert size.lora == 28 * 8 * (3584 + 3584 + 2 * (3584 + 512))
+
+
+SIZE = Size(layers=4, layer=100, matrices=80, largest=30, vocabulary=1000, lora=7)
+
+
+def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "LOGITS_MEMORY", 0)
+    whole, total = memory(SIZE, kept=3, tokens=10, gpus=1, in_4bit=False, trained=7)
+    assert whole == 2 * (4 * 100 + 2 * 1000) and total == whole + 3 * 10 * 4 + 16 * 7
+    part, total = memory(SIZE, kept=0, tokens=10, gpus=8, in_4bit=False, trained=0)
+    assert part == whole / 8 and total == part + 2 * 200 + 2000  # two layers and lm_head are whole while they work
+    packed, total = memory(SIZE, kept=0, tokens=10, gpus=1, in_4bit=True, trained=0)
+    assert packed == pytest.approx(4 * (80 * 0.5159 + 20 * 2) + 4000, rel=1e-4) and total == packed + 60
+
+
+def test_7b_as_measured_elsewhere() -> None:
+    """The figures of the README: 15.2 GB in 16 bits, about 5.6 GB in 4 bits."""
+    size = measure_shape("qwen2.5-7b")
+    assert memory(size, 0, 0, 1, False, 0)[0] / 1e9 == pytest.approx(15.2, abs=0.05)
+    assert memory(size, 0, 0, 1, True, 0)[0] / 1e9 == pytest.approx(5.6, abs=0.1)
+    assert GIB == 2**30
+
+
+@pytest.mark.slow
+def test_the_table_is_the_one_in_the_documents(run_main: Run, tmp_path: Path) -> None:
+    table = run_main(scaling).strip()
+    assert len(table.splitlines()) == 2 + 4 * 4
+    for name in ("scaling.md", "scaling_zh.md"):
+        text = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+        assert f"<!-- memory -->\n\n{table}\n\n<!-- /memory -->" in text
+
+
+def test_both_languages_have_the_same_sections() -> None:
+    texts = [(REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in ("scaling.md", "scaling_zh.md")]
+    english, chinese = (re.findall(r"^(?:#+ |- |\| ?|```)", text, re.M) for text in texts)
+    assert english == chinese
+    assert re.findall(r"```bash\n(.*?)```", texts[0], re.S) == re.findall(r"```bash\n(.*?)```", texts[1], re.S)
+
+
+def test_mistakes(run_main: Run, tmp_path: Path) -> None:
+    assert "choose from" in run_main(scaling, "--shapes", "qwen9", expected=2)
+    assert "<!-- memory -->" in run_main(scaling, "--report", tmp_path / "none.md", expected=2)
