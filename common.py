@@ -71,11 +71,12 @@ from finetuning.training.trainer import make_trainer, prepare_adapter
 
 def start_run(args: Arguments) -> None:
     """Refuse an output folder that is in use, and set the seed before anything random is made."""
-    allowed = args.data.overwrite_output_dir or args.training.resume_from_checkpoint or args.data.dry_run
+    only_looks = args.data.dry_run or args.data.show_rows
+    allowed = only_looks or args.data.overwrite_output_dir or args.training.resume_from_checkpoint
     if args.training.should_save:
         check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
-    if not args.data.dry_run:
+    if not only_looks:
         create_repository(args.training)
 
 

@@ -28,12 +28,13 @@ from finetuning.cli.memory import memory_advice
 from finetuning.generation.chat import chat
 from finetuning.generation.evaluate import answer_instruction, answer_rows
 from finetuning.generation.flags import InferenceArguments, memory_flags, parse_inference_arguments
-from finetuning.generation.generate import make_generation_config
+from finetuning.generation.generate import encode_question, make_generation_config
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.preprocessing.label_words import choose_labels
 from finetuning.preprocessing.rows import Rows, count_unread, load_rows, print_unread, question
 from finetuning.preprocessing.templates import is_thinking
+from finetuning.preprocessing.token_view import print_prompt
 
 SAMPLE_ROWS = 8
 
@@ -105,6 +106,8 @@ def main() -> None:
         tokenizer, args.max_new_tokens, args.do_sample, args.temperature, args.top_p, args.repetition_penalty
     )
     set_seed(args.seed)
+    if args.show_prompt:
+        print_prompt(encode_question(rows[0], tokenizer), tokenizer)
     try:
         with memory_advice(model.device, memory_flags(model_args, args, config.max_new_tokens)):
             if args.interactive:

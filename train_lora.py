@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
+from finetuning.preprocessing.token_view import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
 from finetuning.training.processes import shards_weights
 
@@ -78,8 +79,9 @@ def main() -> None:
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
     train_data, eval_data = load_data(args, tokenizer)
-    sharded = shards_weights(args.training)
-    model = load_model(args.model, training_dtype(args.training), args.training.device, sharded)
+    if args.data.show_rows:
+        return print_rows(train_data.dataset, args.data.show_rows, tokenizer)
+    model = load_model(args.model, training_dtype(args.training), args.training.device, shards_weights(args.training))
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = get_peft_model(model, build_lora_config(args.method, model))
         train(model, tokenizer, train_data, eval_data, args)

@@ -20,6 +20,7 @@ from finetuning.adapter.sharding import whole
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
+from finetuning.preprocessing.token_view import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
 from finetuning.training.processes import shards_weights
 
@@ -89,8 +90,9 @@ def main() -> None:
     start_run(args)
     tokenizer = load_tokenizer(args.model, args.data.prompt_format)
     train_data, eval_data = load_data(args, tokenizer)
-    sharded = shards_weights(args.training)
-    model = load_model(args.model, training_dtype(args.training), args.training.device, sharded)
+    if args.data.show_rows:
+        return print_rows(train_data.dataset, args.data.show_rows, tokenizer)
+    model = load_model(args.model, training_dtype(args.training), args.training.device, shards_weights(args.training))
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = add_soft_prompt(model, tokenizer, args.method)
         train(model, tokenizer, train_data, eval_data, args)

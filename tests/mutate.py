@@ -61,6 +61,12 @@ MUTANTS = [
     Mutant("finetuning/adapter/model_card.py", "base_model=base if on_hub else None", "base_model=base", "test_report card"),
     Mutant("finetuning/adapter/model_card.py", "    while fence in text:\n", "    while False:\n", "test_report card"),
     Mutant("finetuning/cli/console.py", 'return re.sub(r"(--hub[_-]token)[ =]\\S+", r"\\1 ...", line)', "return line", "test_report token"),
+    Mutant("finetuning/preprocessing/token_view.py", " and end - start < LONGEST_CHARACTER", "", "test_token_view"),
+    Mutant("finetuning/preprocessing/token_view.py", "if left_out <= 0 or not sys.stdout.isatty():", "if left_out <= 0:", "test_token_view"),
+    Mutant("finetuning/preprocessing/token_view.py", 'if tokenizer.decode(token_ids[end]).startswith("\\ufffd"):', "if True:", "test_token_view"),
+    Mutant("finetuning/preprocessing/token_view.py", "end < len(token_ids) and ", "", "test_token_view"),
+    Mutant("finetuning/preprocessing/token_view.py", ", file=sys.stderr)", ")", "test_inference exact"),
+    Mutant("common.py", "    if not only_looks:\n", "    if not args.data.dry_run:\n", "test_train_lora rows_can"),
     # prompts and labels
     Mutant("finetuning/preprocessing/prompts.py", "split_special_tokens=True", "split_special_tokens=False", "test_prompts"),
     Mutant("finetuning/preprocessing/templates.py", "return special_tokens(tokenizer).sub(", "return text or special_tokens(tokenizer).sub(", "test_prompts"),

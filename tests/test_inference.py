@@ -52,6 +52,22 @@ def test_one_instruction(run: Run, adapter_path: str) -> None:
     assert run("--adapter_path", adapter_path, "--instruction", "Say sun") == printed
 
 
+def test_exact_prompt_can_be_shown(
+    run: Run, adapter_path: str, rows_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr: stdout gets the answer alone."""
+    answer = run("--adapter_path", adapter_path, "--instruction", "Say sun")
+    flags = ["--adapter_path", adapter_path, "--max_new_tokens", "8", "--show_prompt", "True"]
+    for words in (["--instruction", "Say sun"], ["--data_path", rows_path]):
+        monkeypatch.setattr("sys.argv", ["inference.py", *flags, *words])
+        inference.main()
+        captured = capsys.readouterr()
+        ids = list(b"Instruction: Say sun")
+        assert f"prompt, 20 tokens: 'Instruction: Say sun'\nids: {ids}\n" in captured.err
+        assert "ids:" not in captured.out and (captured.out == answer or "--data_path" in words)
+    assert "--show_prompt" in run("--interactive", True, "--show_prompt", True, expected=2)
+
+
 def test_batches_answer_as_single_rows(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
     outputs = []
     for batch_size in (1, 5, 16):

@@ -76,6 +76,23 @@ def test_adapter_folder_holds_the_adapter_and_little_else(run: Run, flags: list[
     assert info["prompt_format"] == "plain" and info["quantization"] is None and info["stop_token_ids"] == [257, 259]
 
 
+@pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
+def test_rows_can_be_looked_at_first(
+    run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType
+) -> None:
+    """No model is loaded, nothing is written or created on the hub, and a used output folder does not matter."""
+    for name in ("load_model", "train"):
+        monkeypatch.setattr(script, name, Mock(side_effect=AssertionError))
+    monkeypatch.setattr(hub, "create_repo", Mock(side_effect=AssertionError))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine", encoding="utf-8")
+    printed = run_main(script, *flags, "--show_rows", 2, "--push_to_hub", True)
+    assert printed.count("\nrow ") == 2 and r"writes '\nOutput: sun<|endoftext|>'" in printed
+    assert "'<|endoftext|>' 257" in printed and len(list((tmp_path / "out").iterdir())) == 1
+    assert run_main(script, *flags, "--show_rows", 50).count("\nrow ") == 12
+    assert "--show_rows" in run_main(script, *flags, "--show_rows", -1, expected=2)
+
+
 def test_two_runs_are_equal(run: Run, flags: list[str], tmp_path: Path) -> None:
     """Trap 21: the seed is set before the adapter is made."""
     run(*flags)

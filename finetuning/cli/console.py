@@ -32,9 +32,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def paint(text: str, code: int) -> str:
+    """The text in an ANSI colour, on a terminal that shows colours (https://no-color.org)."""
+    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+
+
 def dim(text: str) -> str:
-    """The text in a fainter colour, on a terminal that shows colours (https://no-color.org)."""
-    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+    return paint(text, 2)
+
+
+def green(text: str) -> str:
+    return paint(text, 32)
 
 
 def warn(message: str) -> None:

@@ -41,6 +41,7 @@ class InferenceArguments:
     temperature: float = flag(1.0, "sampling: below 1 prefers probable tokens")
     top_p: float = flag(1.0, "sampling: only the tokens that make up this probability")
     repetition_penalty: float = flag(1.0, "above 1 avoids tokens that the answer already has")
+    show_prompt: bool = flag(False, "print the text of the prompt and its token ids first (of a file, the first row's)")
     seed: int = flag(42, "sampling: the same seed draws the same answers")
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class InferenceArguments:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.interactive and self.show_prompt:
+            raise ValueError("--show_prompt does not work with --interactive: give an --instruction or a --data_path")
         if self.interactive and self.labels:
             raise ValueError("--labels does not work with --interactive: give an --instruction or a --data_path")
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):

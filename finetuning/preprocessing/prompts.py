@@ -144,15 +144,3 @@ def tokenize_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[l
             ids += [tokenizer.convert_tokens_to_ids(control), *ids_of_words[following]]
         token_ids.append(ids)
     return token_ids
-
-
-def mark_answers(input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A training row for people: what the model reads and what it learns to write, one line for each part."""
-    lines = []
-    start = 0
-    for end in range(1, len(labels) + 1):
-        if end == len(labels) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
-            name = "reads " if labels[start] == IGNORE_INDEX else "writes"
-            lines.append(f"  {name} {tokenizer.decode(input_ids[start:end])!r}")
-            start = end
-    return "\n".join(lines)

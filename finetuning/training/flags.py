@@ -55,6 +55,10 @@ class DataArguments:
     token_cache_gb: float = flag(50.0, "size that the token cache may grow to, in GB; the oldest is then removed")
     overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
     dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
+    show_rows: int = flag(
+        0,
+        "print so many rows as the model gets them, with their tokens and what is learnt; load no model, train nothing",
+    )
     keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class DataArguments:
             raise ValueError(f"--eval_split {self.eval_split}: a share of the rows, for example 0.02")
         if self.eval_split and self.eval_data_path:
             raise ValueError("--eval_split and --eval_data_path both name rows to evaluate on: leave one of them out")
+        if self.show_rows < 0:
+            raise ValueError(f"--show_rows {self.show_rows}: a number of rows, such as 5")
         for name in ("max_rows", "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

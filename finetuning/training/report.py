@@ -22,10 +22,10 @@ from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
 from finetuning.adapter.model_card import make_model_card
 from finetuning.cli.console import say, warn
 from finetuning.cli.memory import GIB, peak_reserved
-from finetuning.preprocessing.prompts import mark_answers
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.preprocessing.token_view import mark_answers
 from finetuning.training.flags import Arguments
 from finetuning.training.loss_curve import draw_losses
 

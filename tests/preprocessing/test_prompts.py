@@ -9,7 +9,6 @@ from common import to_messages
 from finetuning.preprocessing.prompts import (
     IGNORE_INDEX,
     encode_messages,
-    mark_answers,
     split_turns,
     stop_token_ids,
 )
@@ -212,9 +211,3 @@ def test_random_text_survives(seed: int = 0) -> None:
         answer = tokenizer.decode([label for label in ids["labels"][:-1] if label != IGNORE_INDEX])
         assert answer == f"\nOutput: {text}"
         assert read_answer(answer, tokenizer) == ("", text)
-
-
-def test_mark_answers_shows_what_is_learnt() -> None:
-    example = preprocess_row(ROW, tokenizer_for("plain"), max_length=100)
-    text = mark_answers(example["input_ids"], example["labels"], tokenizer_for("plain"))
-    assert text == "  reads  'Instruction: Go\\nInput: on'\n  writes '\\nOutput: ok<|endoftext|>'"
