@@ -31,13 +31,10 @@ from finetuning.adapter.base_model import (
     quantization_options,
 )
 from finetuning.adapter.fingerprint import quantization
-from finetuning.adapter.folder import METRICS, adapter_state, describe_adapter, save_adapter
+from finetuning.adapter.folder import adapter_state, describe_adapter, save_adapter
 from finetuning.cli.arguments import ModelArguments, renamed_fields
 from finetuning.cli.memory import memory_advice
-from finetuning.generation.evaluate import answer_rows
-from finetuning.generation.generate import make_generation_config
-from finetuning.generation.metrics import report
-from finetuning.generation.predictions import Predictions
+from finetuning.generation.evaluate import score_adapter
 from finetuning.preprocessing.label_words import warn_about_labels
 from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
 from finetuning.preprocessing.rows import Rows, load_rows
@@ -48,16 +45,16 @@ from finetuning.preprocessing.token_cache import TokenCache
 from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
-    RUN_SETTINGS,
     check_output_dir,
     clear_output_dir,
     find_resume_checkpoint,
     remove_checkpoints,
+    run_settings,
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
-from finetuning.training.processes import engine_asked_for, shards_weights
+from finetuning.training.processes import shards_weights
 from finetuning.training.report import (
     describe_run,
     print_first_row,
@@ -245,7 +242,10 @@ def train(
     if eval_data and eval_data.rows is not None and shards_weights(args.training):
         say(f"no scores, as the model is divided; for them: {scoring_command(output_dir, eval_data.rows.path)}")
     elif eval_data and eval_data.rows is not None:
-        scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+        place = f"after the adapter was saved, while answering {eval_data.rows.path}"
+        command = f"{scoring_command(output_dir, eval_data.rows.path)} --batch_size 1"
+        with memory_advice(args.training.device, [command], place):
+            scores = score_adapter(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
     if args.training.should_save:
         write_report(run, scores, output_dir)
     upload_adapter(args.training)
@@ -257,10 +257,7 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir = args.training.output_dir
-    settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
-    settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
-    settings |= {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
-    files = describe_adapter(model, tokenizer, train_data.summary, settings)
+    files = describe_adapter(model, tokenizer, train_data.summary, run_settings(args))
     checkpoint = None
     if args.training.should_save:
         checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
@@ -283,20 +280,3 @@ def train_and_save(
     run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
     print_speed(run["speed"], output_dir)
     return run
-
-
-def evaluate(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: dict[str, list[str]],
-    args: TrainingArguments,
-) -> str:
-    """Answer the evaluation rows with the trained adapter; print and return the scores, and write metrics.json."""
-    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
-    predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
-    command = f"{scoring_command(args.output_dir, rows.path)} --batch_size 1"
-    batch_size, place = args.per_device_eval_batch_size, f"after the adapter was saved, while answering {rows.path}"
-    with memory_advice(args.device, [command], place):
-        answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
-    return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)

@@ -211,7 +211,7 @@ MUTANTS = [
     Mutant("finetuning/cli/memory.py", '    if device.type == "cuda":\n        return torch.cuda.memory_allocated(device)', "    if torch.cuda.is_available():\n        return torch.cuda.memory_allocated(device)", "test_memory works"),
     Mutant("common.py", 'with memory_advice(device, remedies, "while loading the model"), loading_report():', "with loading_report():", "test_out_of_memory loading"),
     Mutant("common.py", 'with memory_advice(device, remedies, "while loading the model"), loading_report():', 'with memory_advice(device, remedies, "while loading the model"):', "test_out_of_memory quantising"),
-    Mutant("common.py", "with memory_advice(args.device, [command], place):", "if True:", "test_out_of_memory at_the_end"),
+    Mutant("common.py", "with memory_advice(args.training.device, [command], place):", "if True:", "test_out_of_memory at_the_end"),
     Mutant("finetuning/adapter/base_model.py", "transformers_logging.disable_default_handler()", "pass", "test_out_of_memory quantising"),
     Mutant("finetuning/adapter/base_model.py", "print(text.getvalue(), end=\"\", file=sys.stderr)", "pass", "test_base_model logs"),
     Mutant("finetuning/adapter/base_model.py", 'return [] if load_in_4bit or getattr(config, "quantization_config", None) else', "return", "test_out_of_memory loading_the_model"),

@@ -116,7 +116,7 @@ def test_in_the_metrics_at_the_end(
     run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter is saved already: what is left to do is one command of inference.py."""
-    monkeypatch.setattr("common.answer_rows", run_out)
+    monkeypatch.setattr("finetuning.generation.evaluate.answer_rows", run_out)
     message = run_main(train_lora, *flags, "--eval_data_path", rows_path, expected=1)
     assert "after the adapter was saved" in message and (tmp_path / "out/adapter_model.safetensors").exists()
     (command,) = advice(message, inference)

@@ -16,13 +16,13 @@ from peft import LoraConfig, get_peft_model
 from support import Run, StopAt, adapter_weights, equal_weights, make_model, make_tokenizer, save_checkpoint
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-import common
 import inference
 import train_lora
 import train_prompt_tuning
 from common import load_model, load_tokenizer, preprocess, training_dtype
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
+from finetuning.generation import evaluate
 from finetuning.generation.generate import make_generation_config
 from finetuning.training import hub, report
 from finetuning.training.collators import FlattenCollator, PadCollator
@@ -196,7 +196,9 @@ def test_metrics_at_the_end(
     run: Run, run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scores of the saved adapter: those that inference.py gives, with dropout and checkpointing off (trap 16)."""
-    monkeypatch.setattr("common.make_generation_config", partial(make_generation_config, max_new_tokens=8))
+    monkeypatch.setattr(
+        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=8)
+    )
     flags = [*flags, "--eval_data_path", rows_path, "--load_best_model_at_end", "True", "--learning_rate", "0.05"]
     flags += ["--gradient_checkpointing", "True", "--lora_dropout", "0.5"]
     flags += ["--eval_strategy", "steps", "--eval_steps", "4", "--save_steps", "4"]  # the last steps are of training
@@ -213,16 +215,21 @@ def test_metrics_at_the_end(
 def test_rows_held_out_are_evaluated_on_and_not_trained_on(
     run: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.make_generation_config", partial(make_generation_config, max_new_tokens=8))
+    monkeypatch.setattr(
+        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=8)
+    )
     trained, answered = set(), []
-    collate, answer = FlattenCollator.__call__, common.answer_rows
+    collate, answer = FlattenCollator.__call__, evaluate.answer_rows
 
     def look(self: FlattenCollator, rows: list[dict[str, Any]]) -> dict[str, Any]:
         trained.update(row["row_number"] for row in rows)
         return collate(self, rows)
 
     monkeypatch.setattr(FlattenCollator, "__call__", look)
-    monkeypatch.setattr("common.answer_rows", lambda *args, **names: answered.extend(args[2]) or answer(*args, **names))
+    monkeypatch.setattr(
+        "finetuning.generation.evaluate.answer_rows",
+        lambda *args, **names: answered.extend(args[2]) or answer(*args, **names),
+    )
     printed = run(*flags, "--max_rows", 10, "--eval_split", 0.3, "--eval_strategy", "no", "--num_train_epochs", 1)
     rows = json.loads(Path(rows_path).read_text(encoding="utf-8"))[:10]
     assert "10 rows" in printed and "| rows | 3 | " in printed and len(trained) == 7

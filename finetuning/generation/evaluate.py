@@ -1,15 +1,26 @@
 """Answering an instruction or the rows of a data file, by generation or by choosing among labels."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from finetuning.adapter.folder import METRICS
 from finetuning.cli.console import warn
-from finetuning.generation.generate import AnswerStreamer, answer_in_batches, encode_question, generate
+from finetuning.generation.generate import (
+    AnswerStreamer,
+    answer_in_batches,
+    encode_question,
+    generate,
+    make_generation_config,
+)
 from finetuning.generation.label_scoring import classify_in_batches
+from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.preprocessing.rows import Rows
 
 
 def answer_rows(
@@ -63,3 +74,22 @@ def answer_instruction(
     print("" if streamer else answer.text)
     if answer.cut:
         warn(f"the answer was cut at {config.max_new_tokens} tokens (--max_new_tokens)")
+
+
+def score_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    labels: dict[str, list[str]],
+    args: TrainingArguments,
+) -> str:
+    """Answer rows with a trained adapter; print and return the scores, and write them beside it, into metrics.json.
+
+    Args:
+        labels: the label words of each task in the training data.
+    """
+    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
+    predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
+    batch_size = args.per_device_eval_batch_size
+    answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
+    return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)

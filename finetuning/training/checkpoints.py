@@ -32,6 +32,8 @@ from finetuning.adapter.folder import (
     write_adapter,
 )
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, say, warn
+from finetuning.training.flags import Arguments
+from finetuning.training.processes import engine_asked_for
 
 STATE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
@@ -44,6 +46,13 @@ NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "re
 # Fields of TrainingArguments that a resumed run must share; with another number of processes, the rows of a step.
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 RUN_SETTINGS = ("seed", *ROWS, "learning_rate")
+
+
+def run_settings(args: Arguments) -> dict[str, Any]:
+    """What a resumed run must share, to be saved in adapter_info.json."""
+    settings = {name: getattr(args.training, name) for name in RUN_SETTINGS}
+    settings |= {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
+    return settings | {"max_length": args.data.max_length, "thinking": args.data.thinking}
 
 
 class CheckpointWriter(TrainerCallback):
@@ -184,9 +193,8 @@ def find_broken_part(folder: Path) -> str | None:
     except (ValueError, SafetensorError):
         return f"{name if name != INFO else WEIGHTS} is broken"
     for path in [folder / name for name in PICKLES] + list(folder.glob("rng_state*.pth")):
-        if path.exists() and not zipfile.is_zipfile(
-            path
-        ):  # torch.save writes a zip file, whose table of contents comes last
+        # torch.save writes a zip file, whose table of contents comes last
+        if path.exists() and not zipfile.is_zipfile(path):
             return f"{path.name} is broken"
     return None
 

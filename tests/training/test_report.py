@@ -97,7 +97,9 @@ def test_card_is_true(
     format_name: str,
 ) -> None:
     """The hub can read it; the command in it made the adapter; its scores are printed ones; its code runs."""
-    monkeypatch.setattr("common.make_generation_config", partial(make_generation_config, max_new_tokens=4))
+    monkeypatch.setattr(
+        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=4)
+    )
     eos = "<|im_end|>" if format_name == "chat" else "<|endoftext|>"
     model = save_checkpoint(tmp_path / "base", make_tokenizer(eos), make_model())
     flags = [*flags, "--model_path", model, "--eval_data_path", rows_path]
