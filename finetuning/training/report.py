@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftType
@@ -116,13 +117,15 @@ def describe_run(
     settings |= {"max_length": args.data.max_length}
     counts = {name: getattr(summary, name) for name in ("rows", "whole", "cut", "dropped", "examples")}
     evaluated = {"eval_split": args.data.eval_split} if args.data.eval_split else {"path": args.data.eval_data_path}
+    if trainer.eval_dataset:  # without the blank rows of `fill_up`, which have the number 0
+        evaluated["examples"] = int(np.count_nonzero(trainer.eval_dataset.with_format("numpy")["row_number"][:]))
     return {
         "method": config.peft_type.value,
         "trainable_parameters": trainable,
         "parameters": total,
         "data": {"path": summary.path, "sha256": summary.sha256} | counts,
         "trained_on_examples": len(trainer.train_dataset),
-        "evaluated_on": {**evaluated, "examples": len(trainer.eval_dataset)} if trainer.eval_dataset else None,
+        "evaluated_on": evaluated if trainer.eval_dataset else None,
         "settings": settings,
         "steps": state.global_step,
         "epochs": state.epoch,
