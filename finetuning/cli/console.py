@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
@@ -33,6 +34,14 @@ def green(text: str) -> str:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def attempt(name: str, write: Callable[[], None]) -> None:
+    """Call `write`. What is worth most is saved before: no trouble with a file beside it may end the run."""
+    try:
+        write()
+    except Exception as error:
+        warn(f"{name} could not be written; all else is saved: {type(error).__name__}: {error}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

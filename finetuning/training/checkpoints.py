@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.adapter.fingerprint import compare_fingerprints
-from finetuning.adapter.folder import CONFIG, CURVE, INFO, METRICS, REPORT, SCRATCH, WEIGHTS
+from finetuning.adapter.folder import CONFIG, CONFUSION, CURVE, INFO, METRICS, REPORT, SCRATCH, WEIGHTS
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
 
 STATE = "trainer_state.json"
@@ -132,7 +132,7 @@ def clear_output_dir(output_dir: str, overwrite: bool) -> None:
         shutil.rmtree(folder)
     if overwrite:
         remove_checkpoints(output_dir)
-        for name in (METRICS, REPORT, CURVE):
+        for name in (METRICS, CONFUSION, REPORT, CURVE):
             Path(output_dir, name).unlink(missing_ok=True)
 
 
