@@ -47,11 +47,11 @@ from finetuning.preprocessing.token_cache import TokenCache
 from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
-    RUN_SETTINGS,
     check_output_dir,
     clear_output_dir,
     find_resume_checkpoint,
     remove_checkpoints,
+    run_settings,
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
@@ -232,10 +232,12 @@ def train(
         return
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
     scores = ""
-    if eval_data and eval_data.rows is not None:
-        scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
-    if args.training.should_save:
-        write_report(run, scores, args.training.output_dir)
+    try:
+        if eval_data and eval_data.rows is not None:
+            scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+    finally:  # also if memory runs out in the evaluation, or the user stops it
+        if args.training.should_save:
+            write_report(run, scores, args.training.output_dir)
     upload_adapter(args.training)
     print_next_command(args.training.output_dir)
 
@@ -245,9 +247,7 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir = args.training.output_dir
-    settings = {"max_length": args.data.max_length, "thinking": args.data.thinking}
-    settings |= {name: getattr(args.training, name) for name in RUN_SETTINGS}
-    files = describe_adapter(model, tokenizer, train_data.summary, settings)
+    files = describe_adapter(model, tokenizer, train_data.summary, run_settings(args))
     checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
     if args.training.should_save:
         clear_output_dir(output_dir, args.data.overwrite_output_dir)

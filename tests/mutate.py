@@ -67,6 +67,7 @@ MUTANTS = [
     Mutant("finetuning/preprocessing/token_view.py", "end < len(token_ids) and ", "", "test_token_view"),
     Mutant("finetuning/preprocessing/token_view.py", ", file=sys.stderr)", ")", "test_inference exact"),
     Mutant("common.py", "    if not only_looks:\n", "    if not args.data.dry_run:\n", "test_train_lora rows_can"),
+    Mutant("common.py", "    finally:  # also if memory runs out in the evaluation, or the user stops it\n", "    finally:\n        pass\n    if True:\n", "test_report stopped"),
     # the page of the answers, the picture of the scores
     Mutant("finetuning/generation/answer_page.py", "parts = [(name, escape(text)) for", "parts = [(name, text) for", "test_answer_page"),
     Mutant("finetuning/generation/answer_page.py", "{escape(task)}</option>", "{task}</option>", "test_answer_page"),

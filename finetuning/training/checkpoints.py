@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from finetuning.adapter.fingerprint import compare_fingerprints
 from finetuning.adapter.folder import CONFIG, CONFUSION, CURVE, INFO, METRICS, REPORT, SCRATCH, WEIGHTS
 from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, warn
+from finetuning.training.flags import Arguments
 
 STATE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
@@ -28,8 +29,15 @@ PICKLES = ("optimizer.pt", "scheduler.pt")
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
-# Fields of TrainingArguments that a resumed run must share.
+# Fields of DataArguments and of TrainingArguments that a resumed run must share.
+DATA_SETTINGS = ("max_length", "thinking")
 RUN_SETTINGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+
+
+def run_settings(args: Arguments) -> dict[str, Any]:
+    """The flags that a resumed run must share, to be saved in its checkpoints."""
+    settings = {name: getattr(args.data, name) for name in DATA_SETTINGS}
+    return settings | {name: getattr(args.training, name) for name in RUN_SETTINGS}
 
 
 class CheckpointWriter(TrainerCallback):

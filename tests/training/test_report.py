@@ -171,6 +171,16 @@ def test_adapter_outlives_its_report(
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") != before
 
 
+def test_report_of_a_run_whose_evaluation_was_stopped(
+    run: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--eval_data_path", rows_path)
+    assert read_report(tmp_path / "out")["metrics"] is None
+    assert "## Scores" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
 def test_without_matplotlib(
     run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
