@@ -108,7 +108,8 @@ def write_page(
 
 
 def judge(row: dict[str, Any], prediction: dict[str, Any]) -> str:
-    """ "right" or "wrong", ignoring white space around the answer as the scores do; "open" without the right answer."""
+    """Call an answer right or wrong, ignoring white space around it as the scores do; open if there is nothing to
+    compare it with."""
     expected = expected_answer(row)
     if expected is None:
         return "open"

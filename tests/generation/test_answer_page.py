@@ -110,7 +110,7 @@ def test_differences() -> None:
     )
     assert mark_difference("good", "good morning") == ("good", 'good<mark class="missing"> morning</mark>')
     long = "的一是" * 200  # common characters are no noise
-    assert mark_difference(long + "好", long) == (long + '<mark class="extra">好</mark>', long)
+    assert mark_difference("好" + long, long) == ('<mark class="extra">好</mark>' + long, long)
 
 
 def test_from_the_command_line(run_main: Run, base_path: str, rows_path: str, tmp_path: Path) -> None:
