@@ -239,15 +239,12 @@ def train(
         return
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
     output_dir, scores = args.training.output_dir, ""
-    if eval_data and eval_data.rows is not None and shards_weights(args.training):
-        say(f"no scores, as the model is divided; for them: {scoring_command(output_dir, eval_data.rows.path)}")
-    elif eval_data and eval_data.rows is not None:
-        place = f"after the adapter was saved, while answering {eval_data.rows.path}"
-        command = f"{scoring_command(output_dir, eval_data.rows.path)} --batch_size 1"
-        with memory_advice(args.training.device, [command], place):
-            scores = score_adapter(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
-    if args.training.should_save:
-        write_report(run, scores, output_dir)
+    try:
+        if eval_data and eval_data.rows is not None:
+            scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+    finally:  # also if memory runs out in the evaluation, or the user stops it
+        if args.training.should_save:
+            write_report(run, scores, output_dir)
     upload_adapter(args.training)
     print_next_command(output_dir)
 
@@ -280,3 +277,20 @@ def train_and_save(
     run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
     print_speed(run["speed"], output_dir)
     return run
+
+
+def evaluate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    labels: dict[str, list[str]],
+    args: TrainingArguments,
+) -> str:
+    """Score the adapter's answers to the evaluation rows; returns the scores, "" if the model is divided."""
+    command = scoring_command(args.output_dir, rows.path)
+    if shards_weights(args):
+        say(f"no scores, as the model is divided; for them: {command}")
+        return ""
+    place = f"after the adapter was saved, while answering {rows.path}"
+    with memory_advice(args.device, [f"{command} --batch_size 1"], place):
+        return score_adapter(model, tokenizer, rows, labels, args)

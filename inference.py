@@ -25,6 +25,7 @@ from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
 from finetuning.cli.arguments import ModelArguments, beside_scripts, renamed_fields
 from finetuning.cli.memory import memory_advice
+from finetuning.generation.answer_page import write_page
 from finetuning.generation.chat import chat
 from finetuning.generation.evaluate import answer_instruction, answer_rows
 from finetuning.generation.flags import InferenceArguments, memory_flags, parse_inference_arguments
@@ -134,9 +135,15 @@ def print_answers(rows: Rows, predictions: Predictions, labels: dict[str, list[s
             print(json.dumps(question(row), ensure_ascii=False, default=str))  # a date of a Parquet file
     metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
     sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
-    report(rows, predictions.in_order(), labels, metrics_file, **sources)
+    scores = report(rows, predictions.in_order(), labels, metrics_file, **sources)
     if args.output_file:
         say(f"answers are in {args.output_file}, scores in {metrics_file}")
+    if args.report:
+        try:
+            write_page(args.report, rows, predictions.in_order(), scores, **sources)
+        except OSError as error:
+            fail(f"--report '{args.report}' cannot be written: {error.strerror}", 1)
+        say(f"the answers as a page: {args.report}")
 
 
 if __name__ == "__main__":

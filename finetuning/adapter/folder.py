@@ -3,7 +3,7 @@
 adapter_model.safetensors, adapter_config.json    the adapter as PEFT writes it
 chat_template.jinja                               the prompt format it was trained with
 adapter_info.json                                 what inference must match: base model, quantisation, stop tokens
-metrics.json                                      scores on the evaluation rows, if there are any
+metrics.json, confusion.png                       scores on the evaluation rows, if there are any
 training_report.json, loss.png, README.md         how it was made: the whole run, its losses, and the model card
 """
 
@@ -33,6 +33,7 @@ from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
+CONFUSION = "confusion.png"
 REPORT, CURVE, CARD = "training_report.json", "loss.png", "README.md"
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +49,14 @@ def green(text: str) -> str:
 def warn(message: str) -> None:
     if is_main_process():
         print(f"warning: {message}", file=sys.stderr)
+
+
+def attempt(name: str, write: Callable[[], None]) -> None:
+    """Call `write`. What is worth most is saved before: no trouble with a file beside it may end the run."""
+    try:
+        write()
+    except Exception as error:
+        warn(f"{name} could not be written; all else is saved: {type(error).__name__}: {error}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.adapter.folder import METRICS, WEIGHTS
+from finetuning.adapter.folder import CONFUSION, METRICS, WEIGHTS
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag, renamed_fields
 from finetuning.cli.console import fail
 from finetuning.generation.generate import MAX_NEW_TOKENS, MAX_THINKING_TOKENS
@@ -30,6 +30,7 @@ class InferenceArguments:
     output_file: str | None = flag(
         None, "JSON Lines of the answered rows; their scores go to a .metrics.json beside it"
     )
+    report: str | None = flag(None, "HTML page of the answers, the wrong ones marked, to open in a browser")
     labels: str | None = flag(
         None, "answer with the most probable of these words, commas between; auto: the label words of the training data"
     )
@@ -56,6 +57,8 @@ class InferenceArguments:
                 raise ValueError(f"--{name} has bytes that are not UTF-8; type it again, or use a --data_path")
         if self.output_file and not self.data_path:
             raise ValueError("--output_file needs --data_path, the rows to answer")
+        if self.report and not self.data_path:
+            raise ValueError("--report needs --data_path, the rows to answer")
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -92,9 +95,13 @@ def parse_inference_arguments(
     parser = ScriptParser((ModelArguments, InferenceArguments), description)
     parser.set_defaults(model_path=None, load_in_4bit=None)
     model_args, args = parser.to_dataclasses(parser.parse_flags(argv))
-    for file in (Path(args.output_file), Path(args.output_file).with_suffix(f".{METRICS}")) if args.output_file else ():
+    output = Path(args.output_file or "")
+    files = [output, output.with_suffix(f".{METRICS}"), output.with_suffix(f".{CONFUSION}")] if args.output_file else []
+    for file in files:
         if file.exists():
             fail(f"--output_file: '{file}' already exists; name another file, or remove it")
+    if args.report and Path(args.report).exists():
+        fail(f"--report: '{args.report}' already exists; name another file, or remove it")
     if args.adapter_path is None and model_args.model_path is None and Path(DEFAULT_ADAPTER, WEIGHTS).exists():
         args.adapter_path = DEFAULT_ADAPTER
     return model_args, args

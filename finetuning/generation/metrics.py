@@ -5,7 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import say, warn
+from finetuning.adapter.folder import CONFUSION, METRICS
+from finetuning.cli.console import attempt, say, warn
+from finetuning.generation.confusion_matrix import draw_confusion
 from finetuning.preprocessing.label_words import find_labels
 from finetuning.preprocessing.rows import by_task, expected_answer
 
@@ -30,7 +32,7 @@ def report(
     Args:
         predictions: for each row `prediction`, and `cut` if the answer did not end.
         labels: the label words of each task in the training data, from `Summary.labels`.
-        file: gets the same as JSON.
+        file: gets the same as JSON; the confusion matrices are drawn beside it.
         head: fields to put first in the file.
 
     Returns:
@@ -54,6 +56,9 @@ def report(
         say(table)
     if file:
         file.write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        picture = file.with_name(file.name.removesuffix(METRICS) + CONFUSION)
+        if find_spec("matplotlib"):
+            attempt(picture.name, lambda: draw_confusion(head.get("scores", {}), picture))
     return table
 
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from finetuning.adapter.fingerprint import compare_fingerprints
 from finetuning.adapter.folder import (
     CONFIG,
+    CONFUSION,
     CURVE,
     INFO,
     METRICS,
@@ -161,7 +162,7 @@ def clear_output_dir(output_dir: str, overwrite: bool) -> None:
         shutil.rmtree(folder)
     if overwrite:
         remove_checkpoints(output_dir)
-        for name in (METRICS, REPORT, CURVE):
+        for name in (METRICS, CONFUSION, REPORT, CURVE):
             Path(output_dir, name).unlink(missing_ok=True)
 
 

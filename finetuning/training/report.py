@@ -8,7 +8,6 @@ README.md               the model card
 import json
 import math
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
 from finetuning.adapter.model_card import make_model_card
-from finetuning.cli.console import say, warn
+from finetuning.cli.console import attempt, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
@@ -167,14 +166,6 @@ def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
     attempt(REPORT, write_json)
     attempt(CURVE, draw_picture)
     attempt(CARD, write_card)
-
-
-def attempt(name: str, write: Callable[[], None]) -> None:
-    """Call `write`. The adapter is saved and may yet be uploaded: no trouble with a file beside it may end the run."""
-    try:
-        write()
-    except Exception as error:
-        warn(f"{name} could not be written beside the adapter, which is whole: {type(error).__name__}: {error}")
 
 
 def print_next_command(output_dir: str) -> None:

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from PIL import Image
+from sklearn.metrics import ConfusionMatrixDisplay
 
-from finetuning.generation.metrics import format_scores, score
+from finetuning.generation import confusion_matrix
+from finetuning.generation.metrics import format_scores, report, score
 
 ENGLISH = (
     ["The cat sat on the mat.", "It isn't far, is it?", "Good morning", "Rain tomorrow."],
@@ -85,3 +90,46 @@ def test_few_rows_are_scored_with_the_label_words_of_training() -> None:
     scores = score(rows, ["good", "odd"], ["good", "bad"], labels)["mood"]
     assert scores["accuracy"] == 50 and scores["labels"] == labels["mood"] and "bleu" not in scores
     assert "bleu" in score(rows, ["good", "odd"], ["good", "terrible"], labels)["mood"]
+
+
+LABELS = {
+    "a": {"labels": ["x", "y"], "confusion_matrix": [[3, 0, 0], [1, 2, 4]]},
+    "b": {"labels": ["好", "坏"], "confusion_matrix": [[3, 0, 0], [1, 2, 0]]},
+    "c": {"bleu": 1.0},
+}
+
+
+@pytest.mark.parametrize("font", [True, False])
+def test_picture_of_the_confusion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], font: bool
+) -> None:
+    """Every label has its row, other answers have a column; without a Chinese font labels are numbered, with a word."""
+    shown = []
+
+    class Display(ConfusionMatrixDisplay):
+        def plot(self, **more: object) -> ConfusionMatrixDisplay:
+            shown.append((self.confusion_matrix.tolist(), list(self.display_labels)))
+            return super().plot(**more)
+
+    monkeypatch.setattr("sklearn.metrics.ConfusionMatrixDisplay", Display)
+    monkeypatch.setattr(confusion_matrix, "find_chinese_font", lambda: "DejaVu Sans" if font else None)
+    with warnings.catch_warnings(action="ignore"):  # the font stands for one that has the characters
+        confusion_matrix.draw_confusion(LABELS, tmp_path / "confusion.png")
+    names = (["x", "y"], ["好", "坏"]) if font else (["1", "2"], ["1", "2"])
+    assert shown == [([[3, 0, 0], [1, 2, 4], [0, 0, 0]], [*names[0], "(other)"]), ([[3, 0], [1, 2]], names[1])]
+    assert Image.open(tmp_path / "confusion.png").width > 200
+    assert ("fonts-noto-cjk" in capsys.readouterr().err) != font
+    confusion_matrix.draw_confusion({"c": {"bleu": 1.0}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_picture_lies_beside_the_scores_and_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": "?", "output": word} for word in "xyxyxyxy"]
+    predictions = [{"prediction": "x"}] * 8
+    report(rows, predictions, {}, tmp_path / "answers.metrics.json")
+    assert (tmp_path / "answers.confusion.png").exists()
+    monkeypatch.setattr("finetuning.generation.metrics.draw_confusion", Mock(side_effect=RuntimeError("no font")))
+    table = report(rows, predictions, {}, tmp_path / "metrics.json")
+    assert "| rows | 8 | 50.0% |" in table and "confusion.png could not be written" in capsys.readouterr().err

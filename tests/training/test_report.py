@@ -166,11 +166,21 @@ def test_adapter_outlives_its_report(
         patch.setattr("sys.argv", ["train_lora.py", *flags, "--seed", "7", "--overwrite_output_dir", "True"])
         train_lora.main()
     captured = capsys.readouterr()
-    assert "beside the adapter, which is whole" in captured.err and "Try it:" in captured.out
+    assert "could not be written; all else is saved" in captured.err and "Try it:" in captured.out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "adapter_model.safetensors" in names
     assert ("loss.png" in names, "training_report.json" in names) == (broken != "draw_losses", broken != "REPEATED")
     assert (tmp_path / "out/README.md").read_text(encoding="utf-8") != before
+
+
+def test_report_of_a_run_whose_evaluation_was_stopped(
+    run: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--eval_data_path", rows_path)
+    assert read_report(tmp_path / "out")["metrics"] is None
+    assert "## Scores" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
 def test_without_matplotlib(
