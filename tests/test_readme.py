@@ -137,7 +137,7 @@ def test_first_command(workplace: Path) -> None:
     """`python train_lora.py`: what it shows."""
     printed = (workplace / "printed.txt").read_text(encoding="utf-8")
     for words in [
-        "data/train.json: 1280 rows: 1280 kept whole, 0 cut",
+        "data/train.json: 1,280 rows: 1,280 kept whole, 0 cut",
         "4 of 4 layers",
         "trainable parameters: ",
         "reads  'Instruction: ",
