@@ -32,7 +32,7 @@ NO_SOFT_TOKEN = "{%- filter replace('" + SOFT_TOKEN + "', '<| soft_prompt_') %}"
 PLAIN_START = PLAIN_ANSWER.rstrip()  # without the space, which is part of the answer's first token
 # How transformers' own server reads a plain answer. It would look for ChatML in it, and show the prompt too.
 PLAIN_RESPONSE = {
-    "defaults": {"role": "assistant"},
+    "defaults": {"role": "assistant", "content": ""},  # an empty answer has no field
     "start_anchor_pattern": r"\Z",  # nothing of an answer stands in its prompt
     "fields": {
         "content": {
