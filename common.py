@@ -34,7 +34,7 @@ from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import adapter_state, describe_adapter, save_adapter
 from finetuning.cli.arguments import ModelArguments, renamed_fields
 from finetuning.cli.memory import memory_advice
-from finetuning.generation.evaluate import score_adapter
+from finetuning.generation.evaluate import score_adapter, show_answers
 from finetuning.preprocessing.label_words import warn_about_labels
 from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
 from finetuning.preprocessing.rows import Rows, load_rows
@@ -42,7 +42,7 @@ from finetuning.preprocessing.summary import Summary, print_summary
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.preprocessing.thoughts import choose_mode, use_of_thoughts, without_thoughts
 from finetuning.preprocessing.token_cache import TokenCache
-from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
+from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, row_lengths, split_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     check_output_dir,
@@ -55,11 +55,12 @@ from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.hub import create_repository, upload_adapter
 from finetuning.training.processes import shards_weights
+from finetuning.training.progress import ProgressLog
 from finetuning.training.report import (
     describe_run,
     print_first_row,
     print_next_command,
-    print_speed,
+    print_run,
     scoring_command,
     write_report,
 )
@@ -240,8 +241,7 @@ def train(
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
     output_dir, scores = args.training.output_dir, ""
     try:
-        if eval_data and eval_data.rows is not None:
-            scores = evaluate(model, tokenizer, eval_data.rows, train_data.summary.labels(), args.training)
+        scores = evaluate(model, tokenizer, train_data, eval_data, args)
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)
@@ -262,10 +262,11 @@ def train_and_save(
     (checkpoint,) = broadcast_object_list([checkpoint])
     start = adapter_state(model)
 
-    signals = StopOnSignal()
+    lengths = row_lengths(train_data.dataset)
+    signals, progress = StopOnSignal(), ProgressLog(sum(lengths) / len(lengths))
     eval_dataset = eval_data.dataset if eval_data else None
     pad_id = pad_token_id(tokenizer)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals,))
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals, progress))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 
@@ -275,22 +276,26 @@ def train_and_save(
         if not args.data.keep_checkpoints:
             remove_checkpoints(output_dir)
     run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
-    print_speed(run["speed"], output_dir)
+    print_run(run, output_dir)
     return run
 
 
 def evaluate(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: dict[str, list[str]],
-    args: TrainingArguments,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
 ) -> str:
-    """Score the adapter's answers to the evaluation rows; returns the scores, "" if the model is divided."""
-    command = scoring_command(args.output_dir, rows.path)
-    if shards_weights(args):
-        say(f"no scores, as the model is divided; for them: {command}")
+    """Score the adapter's answers to the evaluation rows, and show a few; returns the scores, "" if there are none."""
+    rows, count = eval_data.rows if eval_data else None, args.data.sample_answers
+    if not args.training.should_save or not (rows or count):
         return ""
-    place = f"after the adapter was saved, while answering {rows.path}"
-    with memory_advice(args.device, [f"{command} --batch_size 1"], place):
-        return score_adapter(model, tokenizer, rows, labels, args)
+    command = scoring_command(args.training.output_dir, rows.path if rows else args.data.data_path)
+    if shards_weights(args.training):
+        say(f"no answers, as the model is divided; for them: {command}")
+        return ""
+    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
+    place = "after the adapter was saved, while answering rows"
+    with memory_advice(args.training.device, [f"{command} --batch_size 1"], place):
+        labels = train_data.summary.labels()
+        scores = score_adapter(model, tokenizer, rows, labels, args.training) if rows else ""
+        if count:
+            show_answers(model, tokenizer, (eval_data or train_data).dataset, count)
+    return scores

@@ -7,7 +7,7 @@ Without arguments it trains models/tiny-qwen on data/train.json, in under a minu
 
 from dataclasses import dataclass
 
-from finetuning.cli.console import fail, say  # before peft, whose import is noisy
+from finetuning.cli.console import fact, fail, say  # before peft, whose import is noisy
 
 # isort: split
 import torch
@@ -61,7 +61,7 @@ def build_lora_config(lora_args: LoraArguments, model: PreTrainedModel) -> LoraC
     paths = [name for name in linear if name.split(".")[-1] in names and "layers." in name]
     reached = {path.split("layers.")[1].split(".")[0] for path in paths}
     layers = model.config.get_text_config().num_hidden_layers
-    say(f"LoRA on {', '.join(names)}: {len(reached)} of {layers} layers")
+    fact("method", f"LoRA of rank {lora_args.lora_r} on {', '.join(names)}: {len(reached)} of {layers} layers")
     if len(reached) < layers:  # hybrid Qwens: three layers of four are linear attention
         others = [name for name in ("in_proj_qkv", "in_proj_qkvz", "in_proj_z", "out_proj") if name in kinds]
         say(f"to reach the others, add to --target_modules: {','.join(others) or 'more names'}")

@@ -8,7 +8,7 @@ Without arguments it trains models/tiny-qwen on data/train.json, in about a minu
 
 from dataclasses import dataclass
 
-from finetuning.cli.console import fail, say  # before peft, whose import is noisy
+from finetuning.cli.console import fact, fail  # before peft, whose import is noisy
 
 # isort: split
 import torch
@@ -72,14 +72,14 @@ def add_soft_prompt(
         start = embeddings[torch.tensor((text_ids * count)[:count], device=embeddings.device)]
         use = "used once" if count == len(text_ids) else "cut" if count < len(text_ids) else "repeated"
         words = tokenizer.decode((text_ids * count)[:count])
-        say(f"soft prompt: {count} tokens; the text has {len(text_ids)} and is {use}: {words!r}")
+        fact("method", f"soft prompt of {count} tokens; the text has {len(text_ids)} and is {use}: {words!r}")
     elif prompt_args.prompt_tuning_init == "SAMPLE_VOCAB":
         start = embeddings[torch.randint(len(tokenizer), (count,), device=embeddings.device)]
-        say(f"soft prompt: {count} tokens, from the embeddings of random tokens")
+        fact("method", f"soft prompt of {count} tokens, from the embeddings of random tokens")
     else:
         deviation, mean = torch.std_mean(embeddings[: len(tokenizer)].float(), dim=0)
         start = mean + deviation * torch.randn(count, len(mean), device=embeddings.device)
-        say(f"soft prompt: {count} tokens, from random numbers with the mean and spread of the embeddings")
+        fact("method", f"soft prompt of {count} tokens, from random numbers with the mean and spread of the embeddings")
     model = SoftPromptModel(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count))
     model.prompt.data.copy_(start)
     return model

@@ -165,7 +165,7 @@ def rows_cases() -> Iterator[Case]:
     yield Case("`*.json`", train_lora, lambda f: training(f, base(f), f / "*.json"), ["no file matches this pattern"])
     for form in ("csv", "tsv.gz", "jsonl.zst", "parquet"):
         flags = partial(given_file, name=f"rows.{form}", content=test_files.FORMS[form]([ROW]))
-        yield Case(f"a good `rows.{form}`", train_lora, flags, ["rows: 1 kept whole"], 0)
+        yield Case(f"a good `rows.{form}`", train_lora, flags, ["1 rows, all kept whole"], 0)
     yield Case("a folder of two files", train_lora, two_files, ["2 files, from", "a.json", "b.csv"], 0)
     yield Case(
         "a folder without data",
@@ -236,7 +236,7 @@ def checkpoint_cases() -> Iterator[Case]:
                 return ["--model_path", model, "--instruction", "a"]
 
             yield Case(name + (", in inference" if script is inference else ""), script, flags, words)
-    yield Case("FP8", train_lora, fp8, ["trained in"], 0)
+    yield Case("FP8", train_lora, fp8, ["trained in "], 0)
     for method in ("gptq", "awq", "compressed-tensors"):
         yield Case(method, train_lora, lambda f, m=method: quantised(f, m), ["pip install"])
         yield Case(

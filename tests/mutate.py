@@ -221,7 +221,7 @@ MUTANTS = [
     Mutant("finetuning/cli/memory.py", '    if device.type == "cuda":\n        return torch.cuda.memory_allocated(device)', "    if torch.cuda.is_available():\n        return torch.cuda.memory_allocated(device)", "test_memory works"),
     Mutant("common.py", 'with memory_advice(device, remedies, "while loading the model"), loading_report():', "with loading_report():", "test_out_of_memory loading"),
     Mutant("common.py", 'with memory_advice(device, remedies, "while loading the model"), loading_report():', 'with memory_advice(device, remedies, "while loading the model"):', "test_out_of_memory quantising"),
-    Mutant("common.py", "with memory_advice(args.device, [f\"{command} --batch_size 1\"], place):", "if True:", "test_out_of_memory at_the_end"),
+    Mutant("common.py", "with memory_advice(args.training.device, [f\"{command} --batch_size 1\"], place):", "if True:", "test_out_of_memory at_the_end"),
     Mutant("finetuning/adapter/base_model.py", "transformers_logging.disable_default_handler()", "pass", "test_out_of_memory quantising"),
     Mutant("finetuning/adapter/base_model.py", "print(text.getvalue(), end=\"\", file=sys.stderr)", "pass", "test_base_model logs"),
     Mutant("finetuning/adapter/base_model.py", 'return [] if load_in_4bit or getattr(config, "quantization_config", None) else', "return", "test_out_of_memory loading_the_model"),
@@ -298,6 +298,13 @@ MUTANTS = [
     Mutant("finetuning/generation/predictions.py", "self.file.truncate(len(whole))", "pass", "test_inference goes_on"),
     Mutant("finetuning/generation/predictions.py", 'if head["settings"].get(name) != value:', "if False:", "test_inference goes_on"),
     Mutant("finetuning/generation/metrics.py", "answer if answer in labels else OTHER", "answer", "test_metrics label_words"),
+    # what a run shows
+    Mutant("finetuning/training/trainer.py", "    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)", "    pass", "test_progress file"),
+    Mutant("finetuning/cli/arguments.py", "        if not sys.stderr.isatty():\n            disable_progress_bar()", "        if False:\n            disable_progress_bar()", "test_progress file"),
+    Mutant("finetuning/generation/evaluate.py", "generate(model.get_base_model(), tokenizer, prompts", "generate(model, tokenizer, prompts", "test_progress before"),
+    Mutant("finetuning/generation/evaluate.py", "    with model.disable_adapter():\n", "    if True:\n", "test_progress before"),
+    Mutant("finetuning/preprocessing/token_dataset.py", "sum(map(len, ids)), sum(learnt)", "sum(map(len, ids)), 0", "test_train_lora add_up"),
+    Mutant("finetuning/preprocessing/served_template.py", '"assistant", "content": ""}', '"assistant"}', "test_merge_adapter every_prompt"),
     # merged checkpoints
     Mutant("finetuning/adapter/checkpoint_copy.py", "            for name in file.keys():\n", "            for name in [it for it in file.keys() if 'mtp' not in it]:\n", "test_merge_adapter equals_base and whole"),
     Mutant("finetuning/adapter/checkpoint_copy.py", "    write_json(output / \"config.json\", config)", "    pass", "test_merge_adapter never_answered"),

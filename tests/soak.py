@@ -41,7 +41,7 @@ def killed(script: str, flags: list[str], seconds: float, rank: int, processes: 
     printed = []
     for line in process.stdout:
         printed.append(line)
-        if "'loss'" in line:
+        if line[:7].strip().isdigit():  # a line of the log
             break
     victims = psutil.Process(process.pid).children() if processes > 1 else [process]
     time.sleep(seconds)

@@ -6,12 +6,14 @@ out token ids: the id of a byte is its value.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from safetensors.torch import load_file
@@ -26,6 +28,7 @@ from transformers import (
 
 from common import preprocess_function
 from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.cli import console
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.training.callbacks import StopOnSignal
 
@@ -222,6 +225,23 @@ def launch(*commands: tuple[str, ...]) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+# A line of a run's log: its step, epoch and loss, and what follows on it.
+STEP = re.compile(r"^ +[\d,]+ +\d+\.\d\d +([\d.]+|nan|inf) +[\d.ni]", re.MULTILINE)
+
+
+def read_or_refuse(read: Callable[[str], Any], path: Path) -> Any:
+    """What `read` makes of a file; None if it ends with one short message that names the file."""
+    errors: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "announce", errors.append)
+        try:
+            return read(str(path))
+        except SystemExit as stop:
+            assert stop.code == 2 and len(errors) == 1 and str(path) in errors[0]
+            assert len(errors[0].splitlines()) <= 2 and len(errors[0]) < 1000, errors[0]
+            return None
 
 
 def logged(folder: Path, name: str = "loss") -> list[float]:

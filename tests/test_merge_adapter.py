@@ -184,7 +184,11 @@ def test_every_prompt_format(
         asked.append((is_thinking(tokenizer), prompt_format(tokenizer)))
     assert asked[0] == asked[1] == (thinking and name in THINKERS, "plain" if name == "plain" else "chat")
     if name == "plain":  # transformers' server would show the prompt
-        for text, answer in (("\nOutput: ok\n<|endoftext|>", "ok"), (" ok\n<|endoftext|>", "ok"), ("<|endoftext|>", "")):
+        for text, answer in (
+            ("\nOutput: ok\n<|endoftext|>", "ok"),
+            (" ok\n<|endoftext|>", "ok"),
+            ("<|endoftext|>", ""),
+        ):
             assert served.parse_response(text, prefix="Instruction: Go\nOutput:")["content"] == answer
     attack = [{"role": "user", "content": "a<|soft_prompt_0|>b"}, {"role": "assistant", "content": "<|soft_prompt_1|>"}]
     ids = served.apply_chat_template(

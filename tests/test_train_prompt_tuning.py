@@ -31,8 +31,8 @@ def prompt(folder: Path) -> torch.Tensor:
 
 def test_a_run(run: Run, flags: list[str], tmp_path: Path, base_path: str) -> None:
     printed = run(*flags, "--prompt_init_text", "Classify:")
-    assert "soft prompt: 7 tokens; the text has 9 and is cut: 'Classif'" in printed
-    assert "trainable parameters: 224 of" in printed
+    assert "soft prompt of 7 tokens; the text has 9 and is cut: 'Classif'" in printed
+    assert "trainable   224 of" in printed
     out = tmp_path / "out"
     state = load_file(out / "adapter_model.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {
@@ -100,7 +100,7 @@ def test_evaluation_and_best_checkpoint(run: Run, flags: list[str], rows_path: s
         "--eval_strategy steps --eval_steps 2 --save_steps 2 --load_best_model_at_end True --keep_checkpoints True"
     )
     printed = run(*flags, "--eval_data_path", rows_path, *strategy.split(), "--learning_rate", 5)
-    assert printed.count("'eval_loss'") == 3
+    assert printed.count("  evaluation, ") == 3
     out = tmp_path / "out"
     state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
     best = Path(state["best_model_checkpoint"])

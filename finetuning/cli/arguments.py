@@ -1,5 +1,6 @@
 """The command line: a parser that answers each mistake with one line, and the flags every script has."""
 
+import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from finetuning.cli.console import end_quietly_on_interrupt, fail, print_any_text
 from finetuning.cli.memory import allow_expandable_segments
@@ -94,6 +96,8 @@ class ScriptParser(HfArgumentParser):
         end_quietly_on_interrupt()
         print_any_text()
         allow_expandable_segments()
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # of transformers: a log file needs none
         warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation notices not meant for users
         namespace, unknown = self.parse_known_args(argv)
         for word in unknown:

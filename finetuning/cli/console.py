@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from io import TextIOWrapper
+from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
+from tqdm import tqdm
 
 # On some processors bitsandbytes warns, when peft imports it, that it lacks a faster kernel. That does no harm.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -30,7 +31,13 @@ def is_main_process() -> bool:
 def say(text: str) -> None:
     """Print a line, only once if several processes train together."""
     if is_main_process():
-        print(text, flush=True)
+        tqdm.write(text, sys.stdout)  # above the progress bar, if there is one
+        sys.stdout.flush()
+
+
+def fact(name: str, text: str) -> None:
+    """Print a line of the table that a run begins with."""
+    say(f"{dim(f'{name:11}')} {text}")
 
 
 def paint(text: str, code: int) -> str:
@@ -46,9 +53,41 @@ def green(text: str) -> str:
     return paint(text, 32)
 
 
+def cyan(text: str) -> str:
+    return paint(text, 36)
+
+
+def describe_duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def progress_bar(text: str, unit: str, total: int | None = None, done: int = 0, disable: bool = False) -> tqdm:
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line every minute.
+
+    Args:
+        done: how many of the units were there before.
+    """
+    layout: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left"
+        layout = {"file": Lines(), "bar_format": line, "mininterval": 60, "delay": 60}
+    return tqdm(desc=text, unit=unit, total=total, initial=done, disable=disable, **layout)
+
+
+class Lines(TextIOBase):
+    """Where a bar is drawn that is no bar: each drawing is a line on stderr."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+        return len(text)
+
+
 def warn(message: str) -> None:
     if is_main_process():
-        print(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {message}", sys.stderr)
 
 
 def attempt(name: str, write: Callable[[], None]) -> None:
@@ -79,7 +118,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def announce(message: str) -> None:
     """Print why the run ends; also in torchrun's table of failed processes, which comes last on the screen."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", sys.stderr)
+    sys.stderr.flush()
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as in the documentation of torch.distributed.elastic
     if file:
         details = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}

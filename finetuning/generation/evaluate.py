@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from finetuning.adapter.folder import METRICS
-from finetuning.cli.console import warn
+from finetuning.cli.console import green, progress_bar, say, warn
 from finetuning.generation.generate import (
     AnswerStreamer,
     answer_in_batches,
@@ -20,7 +20,13 @@ from finetuning.generation.generate import (
 from finetuning.generation.label_scoring import classify_in_batches
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.rows import Rows
+from finetuning.preprocessing.templates import read_answer
+from finetuning.preprocessing.token_view import split_parts
+
+SAMPLE_TOKENS = 64  # of an answer that `show_answers` shows
+MOST_CHARACTERS = 300
 
 
 def answer_rows(
@@ -47,7 +53,7 @@ def answer_rows(
     else:
         batches = answer_in_batches(model, tokenizer, prompts, batch_size, config)
     initial = len(rows) - len(todo)
-    with tqdm(total=len(rows), initial=initial, desc="answering", unit="row", disable=disable_tqdm) as bar:
+    with progress_bar("answering", "rows", len(rows), initial, disable_tqdm) as bar:
         for places, batch in batches:
             predictions.add([todo[place] for place in places], batch)
             bar.update(len(places))
@@ -88,8 +94,38 @@ def score_adapter(
     Args:
         labels: the label words of each task in the training data.
     """
-    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
     batch_size = args.per_device_eval_batch_size
     answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
     return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)
+
+
+def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, count: int) -> None:
+    """Print rows with the right answer, the base model's and the adapter's, the beginnings of long ones.
+
+    Args:
+        dataset: the columns of `common.preprocess_function`.
+        count: of rows, evenly spaced.
+    """
+    examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]
+    starts = [split_parts(example["labels"])[-1][0] for example in examples]
+    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
+    config = make_generation_config(tokenizer, max_new_tokens=SAMPLE_TOKENS)
+    with model.disable_adapter():
+        of_base = generate(model.get_base_model(), tokenizer, prompts, config)
+    of_adapter = generate(model, tokenizer, prompts, config)
+    stop_ids = stop_token_ids(tokenizer)
+    for example, start, base, adapter in zip(examples, starts, of_base, of_adapter, strict=True):
+        learnt = [token for token in example["input_ids"][start:] if token not in stop_ids]
+        right = "".join(read_answer(tokenizer.decode(learnt), tokenizer))
+        name, text = f"row {example['row_number']}", adapter.thought + adapter.text
+        say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")
+        say(f"  right     {shorten(right)}")
+        say(f"  base      {shorten(base.thought + base.text)}")
+        say(f"  adapter   {green(shorten(text)) if text == right else shorten(text)}")
+
+
+def shorten(text: str) -> str:
+    """The text in one line, without the middle of a long one."""
+    half = MOST_CHARACTERS // 2
+    return repr(text if len(text) <= MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}")

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fact, fail, say
 from finetuning.preprocessing.label_words import AnswerCounts
 from finetuning.preprocessing.rows import NO_TASK, expected_answer, print_unread
 
@@ -20,6 +20,8 @@ class Summary:
     cut: int = 0
     dropped: int = 0
     examples: int = 0  # to train on; more than rows if conversations were split
+    tokens: int = 0  # of the examples
+    learnt: int = 0  # of these tokens
     thoughts: int = 0  # rows with a thought that is learnt
     thoughts_left_out: int = 0
     empty: int = 0  # answers
@@ -75,10 +77,11 @@ def print_summary(summary: Summary, max_length: int, learnt_as: str) -> None:
     if thoughts:
         say(f"{path}: {thoughts:,} rows have a thought before their answer: {learnt_as}")
     more = f" ({summary.examples:,} examples)" if summary.examples > summary.rows else ""
-    say(
-        f"{path}: {summary.rows:,} rows{more}: {summary.whole:,} kept whole, {summary.cut:,} cut at {max_length} "
-        f"tokens, {summary.dropped:,} dropped (no part of their answer was left)"
-    )
+    kept = f": {summary.whole:,} kept whole, {summary.cut:,} cut at {max_length} tokens, {summary.dropped:,} dropped"
+    kept += " (no part of their answer was left)" if summary.dropped else ""
+    fact("rows", f"{path}: {summary.rows:,} rows{more}{', all kept whole' if summary.whole == summary.rows else kept}")
+    if summary.examples:
+        fact("tokens", f"{summary.tokens:,}, of which {summary.learnt / summary.tokens:.0%} are learnt")
     if summary.empty:
         say(f"{path}: {summary.empty:,} rows have an empty answer: the model learns to say nothing there")
     if not summary.examples:

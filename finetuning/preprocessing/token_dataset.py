@@ -25,10 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fail, progress_bar, say
 from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.prompts import IGNORE_INDEX, split_turns, stop_token_ids
 from finetuning.preprocessing.rows import check_renamed, count_unread, read_files
@@ -90,16 +89,16 @@ class ChunkTokenizer:
             row_numbers += [number] * len(split)
         examples = self.preprocess_function(parts, self.tokenizer, self.max_length)
         stop_ids = stop_token_ids(self.tokenizer)
-        learnt = [any(label != IGNORE_INDEX for label in example["labels"]) for example in examples]
-        used = {number for number, is_learnt in zip(row_numbers, learnt, strict=True) if is_learnt}
+        learnt = [len(example["labels"]) - example["labels"].count(IGNORE_INDEX) for example in examples]
+        used = {number for number, count in zip(row_numbers, learnt, strict=True) if count}
         ended = [example["input_ids"][-1] in stop_ids for example in examples]
         open_ended = {number for number, has_end in zip(row_numbers, ended, strict=True) if not has_end}
         summary.dropped = len(chunk) - len(used)
         summary.cut = len(used & open_ended)
         summary.whole = len(used - open_ended)
-        summary.examples = sum(learnt)
-        kept = [place for place, is_learnt in enumerate(learnt) if is_learnt]
+        kept = [place for place, count in enumerate(learnt) if count]
         ids = [examples[place]["input_ids"] for place in kept]
+        summary.examples, summary.tokens, summary.learnt = len(kept), sum(map(len, ids)), sum(learnt)
         columns = {
             "input_ids": ids,
             "labels": [examples[place]["labels"] for place in kept],
@@ -137,14 +136,14 @@ def make_dataset(
     workers = (num_workers or count_cores()) if large else 1
 
     def read_tokens(summary: Summary) -> Iterator[pa.RecordBatch]:
-        rows = tqdm(
-            islice(read_files(paths), max_rows), desc=f"tokenizing {data_path}", unit=" rows", leave=False, disable=None
-        )
+        chunks = split_into_chunks(islice(read_files(paths), max_rows))
         try:
-            for batch, counts in map_in_order(tokenize_chunk, split_into_chunks(rows), workers):
-                numbers = pc.add(batch["row_number"], summary.rows)
-                yield batch.set_column(batch.schema.get_field_index("row_number"), "row_number", numbers)
-                summary.add(counts)
+            with progress_bar(f"tokenizing {data_path}", "rows") as bar:
+                for batch, counts in map_in_order(tokenize_chunk, chunks, workers):
+                    numbers = pc.add(batch["row_number"], summary.rows)
+                    yield batch.set_column(batch.schema.get_field_index("row_number"), "row_number", numbers)
+                    summary.add(counts)
+                    bar.update(counts.rows)
             check_renamed(data_path, tokenize_chunk.rename, summary.renamed)
         except RowError as error:
             fail(str(error))

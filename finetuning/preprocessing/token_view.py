@@ -27,7 +27,8 @@ def split_parts(labels: list[int]) -> list[tuple[int, int, bool]]:
 def mark_answers(input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """A training row: what the model reads and what it learns to write, one line for each part."""
     parts = split_parts(labels)
-    return "\n".join(f"  {verb(learnt)} {tokenizer.decode(input_ids[a:b])!r}" for a, b, learnt in parts)
+    lines = [(f"  {verb(learnt)}    {tokenizer.decode(input_ids[a:b])!r}", learnt) for a, b, learnt in parts]
+    return "\n".join(green(line) if learnt else line for line, learnt in lines)
 
 
 def verb(learnt: bool) -> str:

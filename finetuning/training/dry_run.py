@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import release_memory
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from finetuning.adapter.fingerprint import quantization
-from finetuning.cli.console import say
+from finetuning.cli.console import describe_duration, say
 from finetuning.cli.memory import (
     GIB,
     is_out_of_memory,
@@ -221,12 +221,11 @@ def take_steps(
     args.max_steps, args.train_sampling_strategy = len(batches), "sequential"
     args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
     args.report_to, args.load_best_model_at_end = [], False
-    args.disable_tqdm, args.logging_first_step = True, False
+    args.logging_first_step = False
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
         dataset = Dataset.from_list([row for batch in batches for row in batch])
         trainer = make_trainer(model, pad_token_id, args, dataset, callbacks=(meter,))
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.optimizer
 
@@ -243,9 +242,3 @@ def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_toke
     tokens_per_step = min(rows_per_step, len(lengths)) / args.world_size * sum(lengths) / len(lengths)
     duration = describe_duration(steps * tokens_per_step * seconds_per_token)
     say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows_per_step} rows, about {duration}")
-
-
-def describe_duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag, renamed_fields
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fact, fail, say
 from finetuning.training.processes import check_engine, count_processes, engine_asked_for, say_how_many
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
@@ -55,6 +55,9 @@ class DataArguments:
     token_cache_gb: float = flag(50.0, "size that the token cache may grow to, in GB; the oldest is then removed")
     overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
     dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
+    sample_answers: int = flag(
+        3, "after training, show so many rows with the answers of the base model and of the adapter; 0 for none"
+    )
     show_rows: int = flag(
         0,
         "print so many rows as the model gets them, with their tokens and what is learnt; load no model, train nothing",
@@ -150,7 +153,7 @@ def parse_arguments(
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
         say("several GPUs but one process: only the first GPU is used; for all of them: torchrun --nproc_per_node gpu")
-    say(describe_precision(args.training, has_bf16))
+    fact("precision", describe_precision(args.training, has_bf16))
     say_how_many(args.training)
     return args
 
@@ -160,13 +163,13 @@ def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
     device = training_args.device.type
     if device == "cpu":
         why = "on the CPU, as --use_cpu says" if torch.accelerator.is_available() else "no GPU"
-        return f"{why}: training in float32 (half precision is many times slower on a CPU)"
+        return f"float32 ({why}; half precision is many times slower on a CPU)"
     if device != "cuda":
-        return f"training on {'the GPU of this Mac' if device == 'mps' else device}, in float32"
+        return f"float32, on {'the GPU of this Mac' if device == 'mps' else device}"
     if training_args.fp16:
         advice = "; --bf16 True is safer for Qwen, and this GPU supports it" if has_bf16 else ""
-        return f"training in float16{advice}"
-    return f"training in {'bfloat16' if training_args.bf16 else 'float32'}"
+        return f"float16{advice}"
+    return "bfloat16" if training_args.bf16 else "float32"
 
 
 def check_combinations(data_args: DataArguments, training_args: TrainingArguments) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging, strtobool
 
-from finetuning.cli.console import fail, is_main_process, say
+from finetuning.cli.console import fact, fail, is_main_process
 from finetuning.training.collators import BLANK_ROW
 
 
@@ -122,4 +122,4 @@ def say_how_many(args: TrainingArguments) -> None:
     if processes > 1:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         engine = engine_asked_for(args) or "DDP"
-        say(f"{processes} processes ({engine}), {rows} rows each: {rows * processes} rows a step")
+        fact("processes", f"{processes} ({engine}), {rows} rows each: {rows * processes} rows a step")

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
 from finetuning.adapter.model_card import make_model_card
-from finetuning.cli.console import attempt, say, warn
+from finetuning.cli.console import attempt, describe_duration, fact, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
@@ -53,7 +53,7 @@ SETTINGS = (
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    say(f"prompt format: {prompt_format(tokenizer)}; the first row, as the model reads it and learns to write it:")
+    fact("format", f"{prompt_format(tokenizer)}; the first row:")
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
 
 
@@ -74,11 +74,22 @@ def measure_speed(
     }
 
 
-def print_speed(speed: dict[str, float], output_dir: str) -> None:
+def print_run(run: dict[str, Any], output_dir: str) -> None:
+    """Print what a run took, how its losses changed, and where the adapter is.
+
+    Args:
+        run: from `describe_run`.
+    """
+    speed = run["speed"]
     say(
-        f"trained in {speed['seconds']:.0f} s, {speed['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {speed['peak_memory_gib']:.2f} GiB; saved in {output_dir}"
+        f"\ntrained in {describe_duration(speed['seconds'])}, {speed['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {speed['peak_memory_gib']:.2f} GiB"
     )
+    for name, title in (("loss", "loss"), ("eval_loss", "loss of the evaluation")):
+        values = [entry[name] for entry in run["history"] if entry.get(name) is not None]
+        if len(values) > 1:
+            say(f"{title}: {values[0]:.4f} -> {values[-1]:.4f}")
+    say(f"saved in {output_dir}")
 
 
 def merge_log(log: list[dict[str, float]]) -> list[dict[str, float | None]]:
@@ -169,7 +180,7 @@ def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
 
 
 def print_next_command(output_dir: str) -> None:
-    say("Try it:")
+    say("\nTry it:")
     say(f'{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
 
 

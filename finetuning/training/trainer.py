@@ -9,11 +9,18 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import fact, fail, say
 from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
@@ -94,7 +101,8 @@ def prepare_adapter(model: PeftModel) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     if trainable == 0:
         fail("the adapter has no trainable parameters")
-    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.4f}%)")
+    fact("model", f"{model.config.model_type}, {total - trainable:,} parameters")
+    fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.4f}%)")
 
 
 def make_trainer(
@@ -129,11 +137,11 @@ def make_trainer(
     capability = torch.cuda.get_device_capability(args.device) if args.device.type == "cuda" else None
     flattened = isinstance(collator, FlattenCollator)
     kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16, torch_has_varlen())
-    say(f"batches: {'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
+    fact("batches", f"{'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
     missing = missing_packages(model.config)
     if capability and missing:
         say(f"linear attention takes its slow path; for the fast kernels: pip install {' '.join(missing)}")
-    return FineTuningTrainer(
+    trainer = FineTuningTrainer(
         model,
         args,
         kernel,
@@ -142,3 +150,5 @@ def make_trainer(
         data_collator=collator,
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # see progress.py
+    return trainer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
+from support import REPOSITORY, STEP, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -95,7 +95,7 @@ def test_fp8_tiny_qwen_trains_as_tiny_qwen(run_main: Run, tmp_path: Path) -> Non
         printed = run_main(
             train_lora, "--model_path", path, "--output_dir", tmp_path / f"of {path.name}", "--max_steps", 1
         )
-        losses.append(float(printed.split("'loss': '")[1].split("'")[0]))
+        losses.append(float(STEP.findall(printed)[0]))
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
     change_config(converted, quantization_config=FP8)
     message = run_main(train_lora, "--model_path", converted, "--output_dir", tmp_path / "refused", expected=2)

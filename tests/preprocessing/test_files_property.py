@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from support import read_or_refuse
 from test_files import FORMS, pack
 
 from finetuning.preprocessing import files
@@ -54,17 +55,9 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes, int]
         path = folder / name
         path.write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
-            errors: list[str] = []
-            patch.setattr("builtins.print", lambda text, **_: errors.append(text))
             patch.setattr(files, "CHUNK", chunk)
             patch.setattr(files, "SNIFF", 8)
-            try:
-                return [row for _, row in read_file(str(path))]
-            except SystemExit as stop:
-                assert stop.code == 2 and len(errors) == 1
-                assert errors[0].startswith("error: ") and str(path) in errors[0]
-                assert len(errors[0].splitlines()) <= 2 and len(errors[0]) < 1000, errors[0]
-                return None
+            return read_or_refuse(lambda file: [row for _, row in read_file(file)], path)
 
     return read
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import read_or_refuse
 
 from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.schema import RowError, read_row
@@ -53,16 +54,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[dic
 
     def read(data: bytes) -> list[dict[str, Any]] | None:
         path.write_bytes(data)
-        with pytest.MonkeyPatch.context() as patch:
-            errors: list[str] = []
-            patch.setattr("builtins.print", lambda text, **kwargs: errors.append(text))
-            try:
-                return load_rows(str(path))
-            except SystemExit as stop:
-                assert stop.code == 2 and len(errors) == 1
-                assert errors[0].startswith("error: ") and str(path) in errors[0]
-                assert len(errors[0].splitlines()) <= 2 and len(errors[0]) < 1000, errors[0]
-                return None
+        return read_or_refuse(load_rows, path)
 
     return read
 

@@ -91,7 +91,7 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
     path = write(tmp_path, {"messages": TURNS}, ROW | {"id": 7}, ROW | {"id": 8, "source": "x", "note": None})
     learnt(path, chat_template=THINKING)
     printed = capsys.readouterr().out
-    assert f"{path}: 3 rows (4 examples): 3 kept whole, 0 cut" in printed
+    assert f"{path}: 3 rows (4 examples), all kept whole" in printed
     assert f"{path}: not read: id (2 rows), source (1 rows)" in printed  # trap 54
 
 

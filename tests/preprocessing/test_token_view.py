@@ -31,7 +31,7 @@ def show(row: dict[str, str], max_length: int = 1000) -> None:
 def test_mark_answers_shows_what_is_learnt() -> None:
     ids, tokenizer = example(ROW)
     text = mark_answers(ids["input_ids"], ids["labels"], tokenizer)
-    assert text == "  reads  'Instruction: Go\\nInput: on'\n  writes '\\nOutput: ok<|endoftext|>'"
+    assert text == "  reads     'Instruction: Go\\nInput: on'\n  writes    '\\nOutput: ok<|endoftext|>'"
 
 
 def test_every_id_is_shown_once_and_characters_stay_whole() -> None:

@@ -57,12 +57,12 @@ def parse(*words: str) -> Arguments:
 @pytest.mark.parametrize(
     ("capability", "words", "line", "attention"),
     [
-        ((7, 5), "", "training in float16\n", REPEATED),  # trap 80: no advice that this GPU cannot follow
-        ((8, 0), "", "training in float16; --bf16 True is safer", VARLEN),
-        ((9, 0), "", "training in float16; --bf16 True is safer", VARLEN),
-        ((12, 0), "--bf16 True", "training in bfloat16\n", VARLEN),
-        ((9, 0), "--fp16 False", "training in float32\n", REPEATED),
-        ((9, 0), "--use_cpu True", "on the CPU, as --use_cpu says: training in float32", ROWS),
+        ((7, 5), "", "precision   float16\n", REPEATED),  # trap 80: no advice that this GPU cannot follow
+        ((8, 0), "", "float16; --bf16 True is safer", VARLEN),
+        ((9, 0), "", "float16; --bf16 True is safer", VARLEN),
+        ((12, 0), "--bf16 True", "precision   bfloat16\n", VARLEN),
+        ((9, 0), "--fp16 False", "precision   float32\n", REPEATED),
+        ((9, 0), "--use_cpu True", "float32 (on the CPU, as --use_cpu says", ROWS),
     ],
 )
 def test_gpus(
@@ -123,7 +123,7 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     args = parse().training
     trainer_module.make_trainer(make_soft(), 0, args, None)
     printed = capsys.readouterr().out
-    assert "training on the GPU of this Mac, in float32" in printed and ROWS in printed
+    assert "float32, on the GPU of this Mac" in printed and ROWS in printed
     assert not (args.fp16 or args.bf16 or args.dataloader_pin_memory or args.accelerator_config.non_blocking)
     assert common.training_dtype(args) == torch.float32
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from soak import soak
-from support import REPOSITORY, TORCHRUN, Run, difference, launch, logged, make_rows
+from support import REPOSITORY, STEP, TORCHRUN, Run, difference, launch, logged, make_rows
 from torch.utils.data import BatchSampler
 
 import train_lora
@@ -81,7 +81,7 @@ def test_two_processes_equal_one(
     assert logged(two) == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
     assert logged(two, "eval_loss") == pytest.approx(logged(tmp_path / "one", "eval_loss"), abs=1e-5)
     assert difference(two, tmp_path / "one") < 1e-5  # and the names are the same
-    assert printed.count("trainable parameters") == 6 and printed.count("2 processes (DDP), 2 rows each") == 4
+    assert printed.count("trainable ") == 6 and printed.count("2 (DDP), 2 rows each") == 4
     command = [sys.executable, "inference.py", "--adapter_path", two, "--instruction", "Say 1", "--max_new_tokens", "2"]
     if steps == 1:
         subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
@@ -208,7 +208,7 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     process = subprocess.Popen(command, cwd=REPOSITORY, **options)
     for line in process.stdout:
-        if "'loss'" in line:
+        if STEP.match(line):
             break
     return process
 

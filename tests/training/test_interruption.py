@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from soak import SCRIPTS, soak
-from support import REPOSITORY, Run, equal_weights
+from support import REPOSITORY, STEP, Run, equal_weights
 
 import train_lora
 from finetuning.training import checkpoints
@@ -40,7 +40,7 @@ def test_signals(run_main: Run, base_path: str, rows_path: str, tmp_path: Path, 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment}
     process = subprocess.Popen(command, cwd=REPOSITORY, **options)
     for line in process.stdout:
-        if "'loss'" in line:
+        if STEP.match(line):
             break
     process.send_signal(number)
     printed, errors = process.communicate()
