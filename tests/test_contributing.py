@@ -36,5 +36,5 @@ def test_worked_example(tmp_path: Path) -> None:
         options = {"cwd": tmp_path, "env": os.environ | {"PYTHONUTF8": "1"}, "encoding": "utf-8"}
         result = subprocess.run(command, capture_output=True, check=False, **options)
         assert result.returncode == 0, result.stderr
-    answer = re.search(r"The answer is `(.*)`", PAGE)[1]
+    answer = re.search(r"The answer is `(.*?)`", PAGE)[1]
     assert result.stdout.splitlines()[-1] == answer == "Good morning"
