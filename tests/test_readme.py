@@ -289,22 +289,30 @@ ANSWERS = {
 }
 
 
-@pytest.mark.slow
-def test_questions_of_the_readme(workplace: Path) -> None:
-    """Each command that asks the adapter is run, and answers what a reader would expect."""
+@pytest.fixture(scope="session")
+def answers(workplace: Path) -> dict[str, str]:
+    """What each command that asks the adapter prints, by a part of the command."""
     block = next(block for block in code_blocks("README.md", "bash") if "--interactive" in block)
     commands = block.splitlines()
-    assert len(commands) == len(ANSWERS)
-    for command, answer in zip(commands, ANSWERS, strict=True):
-        assert answer in command
-        assert ANSWERS[answer] in run(workplace, *shlex.split(command)[1:]).stdout
+    assert len(commands) == len(ANSWERS) and all(map(str.__contains__, commands, ANSWERS))
+    return {
+        part: run(workplace, *shlex.split(command)[1:]).stdout for part, command in zip(ANSWERS, commands, strict=True)
+    }
 
 
 @pytest.mark.slow
-def test_next_command(workplace: Path) -> None:
-    """The command that training prints at its end, and the one without arguments."""
+@pytest.mark.parametrize("part", ANSWERS)
+def test_questions_of_the_readme(part: str, answers: dict[str, str]) -> None:
+    """Each command that asks the adapter is run, and answers what a reader would expect."""
+    assert ANSWERS[part] in answers[part]
+
+
+@pytest.mark.slow
+def test_next_command(workplace: Path, answers: dict[str, str]) -> None:
+    """The command that training prints at its end, which is the README's first, and the one without arguments."""
     command = (workplace / "printed.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
-    assert run(workplace, *shlex.split(command)[1:]).stdout.splitlines()[-1] == "Good morning"
+    assert shlex.split(command) == next(words for words in shell_commands("README.md") if "早安" in words)
+    assert answers["早安"].splitlines()[-1] == "Good morning"
     assert run(workplace, "inference.py").stdout.count('"prediction"') == 8
 
 
@@ -315,16 +323,12 @@ def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
 
 
 @pytest.mark.slow
-def test_results(workplace: Path) -> None:
+def test_results(workplace: Path, answers: dict[str, str]) -> None:
     """Translation and classification rows: exact match under 20% for the base, at least 95% with the adapter."""
-    scores = {}
-    for name, flags in (("base", "--model_path models/tiny-qwen"), ("lora", "--adapter_path outputs/lora")):
-        command = f"inference.py {flags} --data_path data/test.json --max_new_tokens 64"
-        result = run(workplace, *command.split())
-        scores[name] = read_scores(result.stdout)
-        assert scores[name]["all"][0] == 240
-        if name == "lora":
-            assert "240 rows answered, 0 of the answers cut" in result.stdout  # every answer ends by itself
+    command = "inference.py --model_path models/tiny-qwen --data_path data/test.json --max_new_tokens 64"
+    printed = {"base": run(workplace, *command.split()).stdout, "lora": answers["--output_file"]}
+    scores = {name: read_scores(text) for name, text in printed.items()}
+    assert all(scores[name]["all"][0] == 240 for name in scores)
     tasks = ["translate_zh_en", "translate_en_zh", "sentiment", "topic"]
     rows = sum(scores["base"][task][0] for task in tasks)
     exact = {name: sum(s[task][0] * s[task][1] for task in tasks) / rows for name, s in scores.items()}
