@@ -24,8 +24,8 @@ from finetuning.generation.generate import batches_by_length, encode_question, g
 from finetuning.preprocessing.rows import load_rows
 from finetuning.training.collators import FlattenCollator
 
-FOLDERS = ["", "data", "docs", "examples", "models", "tests"]
-PAGES = sorted(str(path.relative_to(REPOSITORY)) for name in FOLDERS for path in (REPOSITORY / name).glob("*.md"))
+PATTERNS = ["*.md", "data/*.md", "docs/*.md", "examples/**/*.md", "models/*.md", "tests/*.md"]
+PAGES = sorted({str(path.relative_to(REPOSITORY)) for pattern in PATTERNS for path in REPOSITORY.glob(pattern)})
 ENGLISH = [page for page in PAGES if page.replace(".md", "_zh.md") in PAGES]
 CHINESE = [page for page in PAGES if page.endswith("_zh.md")]
 WITH_COMMANDS = [page for page in PAGES if "```bash" in (REPOSITORY / page).read_text(encoding="utf-8")]
