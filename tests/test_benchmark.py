@@ -242,13 +242,13 @@ def test_a_shape(run_main: Run, tmp_path: Path) -> None:
 
 
 def test_report(run_main: Run, children: dict[str, Any], base_path: str, tmp_path: Path) -> None:
-    """The table takes the place of what stands between the marks, in a copy of each README."""
-    files = [tmp_path / name for name in ("README.md", "README_zh.md")]
+    """The table takes the place of what stands between the marks, in a copy of docs/speed.md and its sister."""
+    files = [tmp_path / name for name in ("speed.md", "speed_zh.md")]
     words = (
         f"--model_path {base_path} --output_dir {tmp_path}/out --methods lora --report {files[0]},{files[1]}".split()
     )
     children["lora"] = FIGURES
-    originals = [(REPOSITORY / file.name).read_text(encoding="utf-8") for file in files]
+    originals = [(REPOSITORY / "docs" / file.name).read_text(encoding="utf-8") for file in files]
     texts = [re.sub("<!-- /?benchmark -->\n", "", text) for text in originals]
     start, end = "<!-- benchmark -->\n", "<!-- /benchmark -->\n"
     children["machine"] = AssertionError("measured before the report was looked at")

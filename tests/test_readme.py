@@ -1,24 +1,34 @@
-"""The README's commands and figures, run on models/tiny-qwen as a newcomer would run them."""
+"""The pages: their commands are run on models/tiny-qwen or parsed, their links lead somewhere, both languages agree."""
 
 import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
 from support import REPOSITORY
+from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer
 
 import inference
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import batches_by_length, encode_question, generate, make_generation_config
 from finetuning.preprocessing.rows import load_rows
+from finetuning.training.collators import FlattenCollator
 
-READMES = ["README.md", "README_zh.md"]
+PATTERNS = ["*.md", "data/*.md", "docs/*.md", "examples/**/*.md", "models/*.md", "tests/*.md"]
+PAGES = sorted({str(path.relative_to(REPOSITORY)) for pattern in PATTERNS for path in REPOSITORY.glob(pattern)})
+ENGLISH = [page for page in PAGES if page.replace(".md", "_zh.md") in PAGES]
+CHINESE = [page for page in PAGES if page.endswith("_zh.md")]
+WITH_COMMANDS = [page for page in PAGES if "```bash" in (REPOSITORY / page).read_text(encoding="utf-8")]
 PACKAGE = REPOSITORY / "finetuning"
 SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("*.py") if "def main()" in path.read_text(encoding="utf-8"))
 
@@ -28,7 +38,8 @@ def shell_commands(readme: str) -> list[list[str]]:
     text = (REPOSITORY / readme).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(command, comments=True) for line in lines for command in line.split("&&") if command.strip()]
+    words = [shlex.split(command, comments=True) for line in lines for command in line.split("&&")]
+    return [command for command in words if command]
 
 
 def code_blocks(readme: str, language: str) -> list[str]:
@@ -71,40 +82,156 @@ def stop_after_parsing(*args: object) -> None:
     raise Parsed
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_every_command_of_the_readme_parses(readme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = [command[1:] for command in shell_commands(readme) if command[0] == "python" and command[1] != "-m"]
-    assert len(commands) >= 5
-    for script, *flags in commands:
-        assert (REPOSITORY / script).is_file()
-        if "/" in script:
-            continue
-        module = importlib.import_module(Path(script).stem)
-        monkeypatch.setattr("finetuning.cli.arguments.ScriptParser.to_dataclasses", stop_after_parsing)
-        monkeypatch.setattr("sys.argv", [script, *flags])
-        with pytest.raises(Parsed):
-            module.main()
+# Programs that are not of this repository: what the pages say of them has not been run here, and the pages say so.
+OTHER_PROGRAMS = ["cd", "llama-server", "ollama", "transformers", "vllm", "python -m sglang.launch_server"]
+IN_THE_TEXT = ["train_dora.py"]  # see test_contributing.py
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_flags_and_files_that_the_readme_names_exist(readme: str) -> None:
-    text = (REPOSITORY / readme).read_text(encoding="utf-8")
-    known = "".join(path.read_text(encoding="utf-8") for path in (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py")))
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that a command names exists: its files, its flags and those of its launcher."""
+    program, *rest = words
+    if any(" ".join(words).startswith(other) for other in OTHER_PROGRAMS):
+        return
+    if program == "pip":
+        for file in (word for flag, word in zip(rest, rest[1:], strict=False) if flag in ("-r", "-c")):
+            assert (REPOSITORY / file).is_file()
+    elif program == "srun":
+        check_command(rest, monkeypatch)
+    elif program == "torchrun":
+        launcher = get_args_parser().parse_args(rest)
+        check_command(["python", launcher.training_script, *launcher.training_script_args], monkeypatch)
+    elif words[:2] == ["accelerate", "launch"]:
+        launcher = launch_command_parser().parse_args(rest[1:])
+        assert (REPOSITORY / launcher.config_file).is_file()
+        check_command(["python", launcher.training_script, *launcher.training_script_args], monkeypatch)
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all((REPOSITORY / word).exists() for word in rest if "/" in word)
+    elif program == "python" and (rest[0] == "-m" or (REPOSITORY / rest[0]).parent == REPOSITORY):
+        name, flags = (rest[1], rest[2:]) if rest[0] == "-m" else (rest[0].removesuffix(".py"), rest[1:])
+        if rest[0] not in IN_THE_TEXT:
+            check_flags(name, flags, monkeypatch)
+    elif program == "python":  # a script of the tests or the data
+        text = (REPOSITORY / rest[0]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in text for word in rest if word.startswith("--"))
+    else:
+        assert program == "ruff" or re.fullmatch(r"\w+=.*", program), f"who checks {' '.join(words)}?"
+
+
+def check_flags(module: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.cli.arguments.ScriptParser.to_dataclasses", stop_after_parsing)
+    monkeypatch.setattr("sys.argv", [f"{module}.py", *flags])
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main()
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_every_command_parses(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in shell_commands(page):
+        check_command(command, monkeypatch)
+
+
+def test_pages_with_commands() -> None:
+    pages = {"README.md", "CONTRIBUTING.md", "docs/inference.md", "docs/scaling.md", "docs/serving.md", "docs/speed.md"}
+    assert pages <= set(WITH_COMMANDS)
+    assert len(shell_commands("README.md")) >= 12
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_a_page_names_exist(page: str) -> None:
+    files = (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py"), *REPOSITORY.glob("tests/*.py"))
+    known = "".join(path.read_text(encoding="utf-8") for path in files)
     from transformers import TrainingArguments
 
-    for name in re.findall(r"`--(\w+)", text):
-        assert f"    {name}:" in known or name in TrainingArguments.__dataclass_fields__, name
-    for target in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (REPOSITORY / target).exists(), target
+    launchers = {"signal", "shutdown", "machine_rank"}  # of Slurm, torchrun and accelerate, in docs/scaling.md
+    for name in re.findall(r"`--(\w+)", (REPOSITORY / page).read_text(encoding="utf-8")):
+        declared = f"    {name}:" in known or f'add_argument("--{name}"' in known
+        assert declared or name in TrainingArguments.__dataclass_fields__ or name in launchers, name
 
 
-def test_readmes_are_in_step() -> None:
-    """Same commands, same data, same figures, same headings."""
-    english, chinese = ((REPOSITORY / name).read_text(encoding="utf-8") for name in READMES)
+def without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPOSITORY / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path)):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("english", ENGLISH)
+def test_languages_are_in_step(english: str) -> None:
+    """Same commands, same code, same data, same figures, same headings, lists and tables, same files linked."""
+    chinese = english.replace(".md", "_zh.md")
+    one, other = ((REPOSITORY / name).read_text(encoding="utf-8") for name in (english, chinese))
     for pattern in (r"```bash\n.*?```", r"```python\n.*?```", r"```json\n.*?```"):
-        assert re.findall(pattern, english, flags=re.S) == re.findall(pattern, chinese, flags=re.S)
-    for pattern in (r"\b\d+\.\d+\b", r"^#+ ", r"^\| `?--\w+"):
-        assert re.findall(pattern, english, flags=re.M) == re.findall(pattern, chinese, flags=re.M)
+        assert re.findall(pattern, one, flags=re.S) == re.findall(pattern, other, flags=re.S)
+    for pattern in (r"^#+ ", r"^(?:- |\d\. |\|)", r"^\| `?--\w+", r"^!\["):
+        assert re.findall(pattern, one, flags=re.M) == re.findall(pattern, other, flags=re.M)
+    figures = (sorted(re.findall(r"\b\d+(?:[.,]\d+)+\b", text, flags=re.ASCII)) for text in (one, other))
+    assert len({tuple(each) for each in figures}) == 1
+    links = (re.findall(r"\]\(([^)#\s]+)", text) for text in (one, other))
+    files = [sorted({link.replace("_zh.", ".") for link in each} - {Path(english).name}) for each in links]
+    assert files[0] == files[1]
+
+
+def test_every_page_has_its_sister() -> None:
+    assert [page.replace("_zh.md", ".md") for page in CHINESE] == ENGLISH
+    assert {page for page in PAGES if page.startswith("docs/")} <= {*ENGLISH, *CHINESE}
+    assert {"README.md", "CONTRIBUTING.md"} <= set(ENGLISH)
+    english, chinese = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8").split("## 安全")
+    for pattern in (r"`[^`]+`", r"^- \*\*", r"\]\(tests"):
+        assert sorted(re.findall(pattern, english, re.M)) == sorted(re.findall(pattern, chinese, re.M))
+
+
+def test_readme_is_short() -> None:
+    for name in ("README.md", "README_zh.md"):
+        assert len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) < 220
+
+
+def test_pictures_are_those_of_their_script() -> None:
+    script = runpy.run_path(str(REPOSITORY / "docs/make_pictures.py"))
+    pictures = {path.name: path.read_text(encoding="utf-8") for path in (REPOSITORY / "docs/pictures").iterdir()}
+    assert script["make_pictures"]() == pictures
+    shown = [(REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")]
+    for name, picture in pictures.items():
+        ElementTree.fromstring(picture)
+        assert f"(docs/pictures/{name})" in shown["_zh" in name]
+
+
+@pytest.mark.parametrize(("name", "virtual_tokens"), [("BATCH", 0), ("SOFT_BATCH", 3)])
+def test_pictures_show_the_batch_as_it_is(name: str, virtual_tokens: int) -> None:
+    script = runpy.run_path(str(REPOSITORY / "docs/make_pictures.py"))
+    rows = [
+        {"input_ids": [1] * (prompt + answer), "labels": [-100] * prompt + [1] * answer}
+        for prompt, answer in script[name]
+    ]
+    batch = FlattenCollator(virtual_tokens)(rows)
+    assert batch["position_ids"].flatten().tolist() == script["position_ids"](script[name], virtual_tokens)
+    assert batch["logits_to_keep"].tolist() == LOGITS[name]
+
+
+# Places of the batch whose logits are computed: the token before each learnt one.
+LOGITS = {"BATCH": [4, 5, 6, 10, 11, 19, 20, 21, 22], "SOFT_BATCH": [6, 7, 8, 15, 16]}
+
+
+def test_citation() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "version", "license", "authors"} <= citation.keys()
+    assert citation["title"] == (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()[0].removeprefix(
+        "# "
+    )
+    assert citation["license"] == "Apache-2.0" and "Version 2.0" in (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_every_trap_has_tests_that_exist() -> None:
@@ -119,10 +246,13 @@ def test_every_trap_has_tests_that_exist() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script: str) -> None:
+def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Trap 50: a bare % in a help text breaks --help. Ours has units and defaults, and every training argument."""
-    text = run(REPOSITORY, f"{script}.py", "--help").stdout
-    assert f"python {script}.py" in text
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and f"python {script}.py" in text
     if script.startswith("train_"):
         from transformers import TrainingArguments
 
@@ -159,22 +289,30 @@ ANSWERS = {
 }
 
 
-@pytest.mark.slow
-def test_questions_of_the_readme(workplace: Path) -> None:
-    """Each command that asks the adapter is run, and answers what a reader would expect."""
+@pytest.fixture(scope="session")
+def answers(workplace: Path) -> dict[str, str]:
+    """What each command that asks the adapter prints, by a part of the command."""
     block = next(block for block in code_blocks("README.md", "bash") if "--interactive" in block)
     commands = block.splitlines()
-    assert len(commands) == len(ANSWERS)
-    for command, answer in zip(commands, ANSWERS, strict=True):
-        assert answer in command
-        assert ANSWERS[answer] in run(workplace, *shlex.split(command)[1:]).stdout
+    assert len(commands) == len(ANSWERS) and all(map(str.__contains__, commands, ANSWERS))
+    return {
+        part: run(workplace, *shlex.split(command)[1:]).stdout for part, command in zip(ANSWERS, commands, strict=True)
+    }
 
 
 @pytest.mark.slow
-def test_next_command(workplace: Path) -> None:
-    """The command that training prints at its end, and the one without arguments."""
+@pytest.mark.parametrize("part", ANSWERS)
+def test_questions_of_the_readme(part: str, answers: dict[str, str]) -> None:
+    """Each command that asks the adapter is run, and answers what a reader would expect."""
+    assert ANSWERS[part] in answers[part]
+
+
+@pytest.mark.slow
+def test_next_command(workplace: Path, answers: dict[str, str]) -> None:
+    """The command that training prints at its end, which is the README's first, and the one without arguments."""
     command = (workplace / "printed.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
-    assert run(workplace, *shlex.split(command)[1:]).stdout.splitlines()[-1] == "Good morning"
+    assert shlex.split(command) == next(words for words in shell_commands("README.md") if "早安" in words)
+    assert answers["早安"].splitlines()[-1] == "Good morning"
     assert run(workplace, "inference.py").stdout.count('"prediction"') == 8
 
 
@@ -185,16 +323,12 @@ def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
 
 
 @pytest.mark.slow
-def test_results(workplace: Path) -> None:
+def test_results(workplace: Path, answers: dict[str, str]) -> None:
     """Translation and classification rows: exact match under 20% for the base, at least 95% with the adapter."""
-    scores = {}
-    for name, flags in (("base", "--model_path models/tiny-qwen"), ("lora", "--adapter_path outputs/lora")):
-        command = f"inference.py {flags} --data_path data/test.json --max_new_tokens 64"
-        result = run(workplace, *command.split())
-        scores[name] = read_scores(result.stdout)
-        assert scores[name]["all"][0] == 240
-        if name == "lora":
-            assert "240 rows answered, 0 of the answers cut" in result.stdout  # every answer ends by itself
+    command = "inference.py --model_path models/tiny-qwen --data_path data/test.json --max_new_tokens 64"
+    printed = {"base": run(workplace, *command.split()).stdout, "lora": answers["--output_file"]}
+    scores = {name: read_scores(text) for name, text in printed.items()}
+    assert all(scores[name]["all"][0] == 240 for name in scores)
     tasks = ["translate_zh_en", "translate_en_zh", "sentiment", "topic"]
     rows = sum(scores["base"][task][0] for task in tasks)
     exact = {name: sum(s[task][0] * s[task][1] for task in tasks) / rows for name, s in scores.items()}

@@ -1,4 +1,4 @@
-"""The house: imports run one way, every room is in the README's map, and the scripts run from any folder."""
+"""The house: imports run one way, every room is in the map of CONTRIBUTING.md, and the scripts run from any folder."""
 
 import ast
 import subprocess
@@ -51,15 +51,15 @@ def test_commands_import_no_command_but_the_benchmark() -> None:
     assert not any(other.startswith("finetuning.training") for other in imports(MODULES["inference"]))
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_every_room_is_on_the_map(readme: str) -> None:
-    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
+def test_every_room_is_on_the_map(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert rooms == FLOORS.keys()
     for room in rooms:
         assert f"[{room}/](finetuning/{room})" in text
     for name, path in MODULES.items():
-        assert path.stem in text, f"{readme} does not mention {name}"
+        assert path.stem in text, f"{page} does not mention {name}"
 
 
 def test_rooms_say_what_they_are() -> None:

@@ -7,6 +7,7 @@ The tensors are fake: they have a shape and a dtype, but no values. The operatio
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -89,6 +90,7 @@ def count_kept_bytes(
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@cache
 def per_token_and_layer(shape: str, method: str, checkpointing: bool = False, cast_inputs: bool = False) -> float:
     """The bytes kept for each token and layer: by how much one layer more makes more tokens cost more."""
     one, two = (
