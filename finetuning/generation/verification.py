@@ -28,6 +28,9 @@ from finetuning.preprocessing.templates import Message
 MAX_NEW_TOKENS = 64
 # The largest difference of a logit that rounding may give, as a share of the largest logit.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# In a mixture of experts, rounding hands a token over to another expert if two come close. This share of the tokens,
+# and of the answers that follow from them, may then differ by more: seen once in 128 tokens with random weights.
+HANDED_OVER = 0.05
 
 
 @dataclass
@@ -64,18 +67,26 @@ def logits_of_answer(model: PreTrainedModel, input_ids: torch.Tensor, length: in
 class Comparison:
     """How a merged checkpoint differs from a reference."""
 
-    difference: float  # the largest, of the logits of all tokens that the base model has
+    differences: list[float]  # for each token of the answers the largest, of the logits that the base model has too
     scale: float  # the largest logit
     prompts: int  # that its own template gives as they were trained
     first_tokens: int  # that are the same
     answers: int  # that are the same
-    farthest: float  # of the answers that differ: how much better, as a logit, the expected token was where they part
+    leads: list[float]  # of each answer that differs: how much better, as a logit, the expected token was there
     rows: int
+    experts: bool  # whether the model is a mixture of experts
 
     def is_good(self, dtype: torch.dtype) -> bool:
         """Whether all differences are those of rounding, with weights of this dtype."""
-        rounding = ROUNDING[dtype] * self.scale
-        return self.prompts == self.rows and self.difference <= rounding and self.farthest <= 2 * rounding
+        rounding, handed_over = ROUNDING[dtype] * self.scale, HANDED_OVER if self.experts else 0
+        tokens = sum(difference > rounding for difference in self.differences)
+        answers = sum(lead > 2 * rounding for lead in self.leads)
+        return (
+            self.prompts == self.rows
+            and all(map(math.isfinite, self.differences))
+            and tokens <= handed_over * len(self.differences)
+            and answers <= math.ceil(handed_over * self.rows)
+        )
 
     def print(self, name: str) -> None:
         """Print the numbers.
@@ -83,9 +94,9 @@ class Comparison:
         Args:
             name: what was compared with what.
         """
-        parted = f" (where others part, the expected token led by {self.farthest:.2g})"
+        parted = f" (where others part, the expected token led by {max(self.leads, default=0):.2g})"
         say(
-            f"{name}, {self.rows} rows: largest logit difference {self.difference:.2g} (largest logit "
+            f"{name}, {self.rows} rows: largest logit difference {max(self.differences):.2g} (largest logit "
             f"{self.scale:.3g}), equal prompts {self.prompts}, equal first tokens {self.first_tokens}, equal answers "
             f"{self.answers}{parted if self.answers < self.rows else ''}"
         )
@@ -110,7 +121,8 @@ def compare(
     ).to(model.device)
     length, limit = served.input_ids.shape[1], MAX_NEW_TOKENS - len(plain_start)
     found = model.generate(**served, max_new_tokens=limit, do_sample=False, repetition_penalty=1.0)
-    result = Comparison(0.0, 0.0, 0, 0, 0, 0.0, len(reference.answers))
+    experts = hasattr(model.config.get_text_config(), "num_experts")
+    result = Comparison([], 0.0, 0, 0, 0, [], len(reference.answers), experts)
     for number, (prompt, answer, expected) in enumerate(
         zip(reference.prompts, reference.answers, reference.logits, strict=True)
     ):
@@ -121,7 +133,7 @@ def compare(
         real = torch.ones(expected.shape[1], dtype=torch.bool)
         real[[token for token in soft_ids if token < len(real)]] = False
         difference = (logits - expected)[:, real].abs().nan_to_num(nan=math.inf)
-        result.difference = max(result.difference, difference.max().item())
+        result.differences += difference.amax(dim=1).tolist()
         result.scale = max(result.scale, expected.abs().max().item())
         written = plain_start + found[number, length:].tolist()
         first = min(len(plain_start), len(answer) - 1)
@@ -130,8 +142,7 @@ def compare(
         result.answers += not parting
         if parting:
             scores, token = expected[parting[0]], written[parting[0]]
-            lead = (scores.max() - scores[token]).item() if token < len(scores) else math.inf
-            result.farthest = max(result.farthest, lead)
+            result.leads.append((scores.max() - scores[token]).item() if token < len(scores) else math.inf)
     return result
 
 

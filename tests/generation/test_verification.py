@@ -7,33 +7,44 @@ import torch
 
 from finetuning.generation.verification import Comparison
 
-# difference, largest logit, prompts, first tokens, answers, lead where answers part, rows
+# differences of tokens, largest logit, prompts, first tokens, answers, leads where answers part, rows
 GOOD = {
-    "equal": (0.0, 20, 8, 8, 8, 0.0, 8),
-    "rounded": (0.01, 20, 8, 8, 8, 0.0, 8),
-    "tie": (0.01, 20, 8, 7, 7, 0.03, 8),
+    "equal": ([0.0] * 40, 20, 8, 8, 8, [], 8),
+    "rounded": ([0.01] * 40, 20, 8, 8, 8, [], 8),
+    "tie": ([0.01] * 40, 20, 8, 7, 7, [0.03], 8),
 }
 BAD = {
-    "logits": (0.1, 20, 8, 8, 8, 0.0, 8),
-    "NaN": (math.inf, 20, 8, 8, 8, 0.0, 8),
-    "a prompt": (0.0, 20, 7, 8, 8, 0.0, 8),
-    "an answer": (0.01, 20, 8, 8, 7, 3.0, 8),
+    "logits": ([0.0] * 37 + [0.1] * 3, 20, 8, 8, 8, [], 8),
+    "NaN": ([0.0] * 39 + [math.inf], 20, 8, 8, 8, [], 8),
+    "a prompt": ([0.0] * 40, 20, 7, 8, 8, [], 8),
+    "answers": ([0.01] * 40, 20, 8, 8, 6, [3.0, 3.0], 8),
+}
+HANDED_OVER = {
+    "a token": ([0.0] * 39 + [0.4], 20, 8, 8, 8, [], 8),
+    "its answer": ([0.0] * 39 + [0.4], 20, 8, 8, 7, [3.0], 8),
 }
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("numbers", GOOD.values(), ids=GOOD)
-def test_rounding_is_good(numbers: tuple[float, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    comparison = Comparison(*numbers)
+def test_rounding_is_good(numbers: tuple, experts: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = Comparison(*numbers, experts)
     assert comparison.is_good(torch.float32)
     comparison.print("this")
     assert ("the expected token led by 0.03" in capsys.readouterr().out) == (comparison.answers == 7)
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("numbers", BAD.values(), ids=BAD)
-def test_more_is_bad(numbers: tuple[float, ...]) -> None:
-    assert not Comparison(*numbers).is_good(torch.float32)
+def test_more_is_bad(numbers: tuple, experts: bool) -> None:
+    assert not Comparison(*numbers, experts).is_good(torch.float32)
+
+
+@pytest.mark.parametrize("numbers", HANDED_OVER.values(), ids=HANDED_OVER)
+def test_rounding_hands_tokens_over_to_other_experts(numbers: tuple) -> None:
+    assert Comparison(*numbers, True).is_good(torch.float32) and not Comparison(*numbers, False).is_good(torch.float32)
 
 
 def test_half_precision_rounds_more() -> None:
-    numbers = (0.3, 20, 8, 8, 8, 0.0, 8)
+    numbers = ([0.3], 20, 8, 8, 8, [], 8, False)
     assert Comparison(*numbers).is_good(torch.bfloat16) and not Comparison(*numbers).is_good(torch.float32)
