@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts, flag, renamed_fields
 from finetuning.cli.console import fact, fail, say
 from finetuning.training.processes import check_engine, count_processes, engine_asked_for, say_how_many
+from finetuning.training.trackers import check_trackers, reach_trackers
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
 LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -138,6 +139,8 @@ def parse_arguments(
                 "--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out"
             )
         flags.liger_kernel_config = LIGER_KERNELS
+    if isinstance(flags.report_to, str):
+        flags.report_to = flags.report_to.replace(" ", "").split(",")  # several, commas between
     has_eval_rows = bool(flags.eval_data_path or flags.eval_split)
     if flags.eval_strategy is None:
         flags.eval_strategy = "epoch" if has_eval_rows else "no"
@@ -174,10 +177,9 @@ def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
 
 def check_combinations(data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Refuse flags that exclude each other, or lack a package or a file."""
-    reports = training_args.report_to
-    for name in [reports] if isinstance(reports, str) else reports:
-        if name not in ("none", "all") and not find_spec(name):
-            fail(f"--report_to {name} needs the package of that name: pip install {name}, or leave the flag out")
+    check_trackers(training_args.report_to, training_args.hub_token)
+    if not (data_args.dry_run or data_args.show_rows):
+        reach_trackers(training_args.report_to)
     if data_args.dry_run and count_processes() > 1:
         fail("--dry_run True measures what one process needs: start it without torchrun or accelerate launch")
     if training_args.label_smoothing_factor:

@@ -27,6 +27,7 @@ from finetuning.training.checkpoints import CheckpointWriter, explain_failed_wri
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 from finetuning.training.losses import ChunkedLoss
 from finetuning.training.processes import adjust_fsdp, fill_up, share_rows_once
+from finetuning.training.trackers import start_swanlab
 
 
 class FineTuningTrainer(Trainer):
@@ -85,6 +86,7 @@ class FineTuningTrainer(Trainer):
         autocast = self.args.fp16 or self.args.bf16
         # PEFT casts the input of each LoRA layer to the adapter's float32, and autocast casts it back
         plain_inputs = disable_input_dtype_casting(self.base_model, active=autocast)
+        start_swanlab(self.args)
         try:
             with attention(self.base_model, self.kernel), plain_inputs:
                 return super().train(*args, **kwargs)
