@@ -175,19 +175,25 @@ def preprocess_function(
 
 
 def preprocess(
-    path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, thinking: str = "auto", **options: Any
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    thinking: str = "auto",
+    rename: dict[str, str] | None = None,
+    **options: Any,
 ) -> Data:
     """Read, check and tokenise data files, and print how many rows were kept, cut and dropped.
 
     Args:
         thinking: "off" leaves the thoughts of the rows out.
+        rename: what a field is called here, by what it is called in the files.
         options: those of `make_dataset`.
 
     Returns:
         A dataset with the columns of `preprocess_function`, `length`, and `row_number`, counted from 1. A conversation
         whose earlier turns the template rewrites gives one example for each answer.
     """
-    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking, options.pop("rename", {}))
+    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking, rename or {})
     dataset, summary = make_dataset(path, tokenize_chunk, **options)
     print_summary(summary, max_length, use_of_thoughts(tokenizer, thinking))
     return Data(dataset, summary)

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail, say, warn  # before peft, whose import is noisy
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
 # isort: split
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common import load_model, load_tokenizer
 from finetuning.adapter.base_model import check_model_path
-from finetuning.adapter.folder import METRICS, TEMPLATE, WEIGHTS, load_adapter, read_adapter
+from finetuning.adapter.folder import METRICS, WEIGHTS, load_adapter, read_adapter, use_trained_format
 from finetuning.cli.arguments import ModelArguments, beside_scripts, renamed_fields
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.answer_page import write_page
@@ -49,8 +49,6 @@ def load_for_inference(
         model, tokenizer, and the contents of adapter_info.json.
     """
     config, info = read_adapter(adapter_path) if adapter_path else ({}, {})
-    if adapter_path and not info:
-        warn(f"'{adapter_path}' was not saved by this project: prompt format and base model cannot be checked")
     if model_args.model_path is None:
         model_args.model_path = config.get("base_model_name_or_path") or ModelArguments.model_path
         check_model_path(model_args.model_path, f"the base model of '{adapter_path}'" if config else "--model_path")
@@ -58,8 +56,8 @@ def load_for_inference(
         model_args.load_in_4bit = info.get("quantization") is not None
 
     tokenizer = load_tokenizer(model_args, info.get("prompt_format", "auto"))
-    if adapter_path and Path(adapter_path, TEMPLATE).is_file():
-        tokenizer.chat_template = Path(adapter_path, TEMPLATE).read_text(encoding="utf-8")
+    if adapter_path:
+        use_trained_format(tokenizer, adapter_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained_in_bf16 = info and info["base_fingerprint"]["dtype"] == "bfloat16"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if trained_in_bf16 else torch.float16

@@ -8,12 +8,10 @@ The result is compared with base model and adapter before it gets its name. docs
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from common import load_model, load_tokenizer
 from finetuning.adapter.base_model import check_model_path
@@ -28,26 +26,14 @@ from finetuning.adapter.checkpoint_copy import (
     unverified_folder,
 )
 from finetuning.adapter.flags import parse_merge_arguments
-from finetuning.adapter.folder import TEMPLATE, load_adapter, read_adapter
+from finetuning.adapter.folder import load_adapter, read_adapter, use_trained_format
 from finetuning.adapter.gguf import GGUF, find_converter, write_gguf
 from finetuning.adapter.merging import check_can_merge, export_adapter, write_merged
 from finetuning.cli.arguments import ModelArguments, beside_scripts
-from finetuning.cli.console import fail, first_line, say, warn
+from finetuning.cli.console import fail, first_line, say
 from finetuning.generation.verification import choose_rows, compare, load_served, make_reference
 from finetuning.preprocessing.prompts import tokenize
 from finetuning.preprocessing.served_template import choose_plain_start, write_modelfile
-from finetuning.preprocessing.templates import is_thinking, set_thinking
-
-
-def load_trained_tokenizer(base: ModelArguments, adapter_path: str, info: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer with the chat template that the adapter was trained with."""
-    if not info:
-        warn(f"'{adapter_path}' was not saved by this project: prompt format and base model cannot be checked")
-    tokenizer = load_tokenizer(base, info.get("prompt_format", "auto"))
-    if Path(adapter_path, TEMPLATE).is_file():
-        tokenizer.chat_template = Path(adapter_path, TEMPLATE).read_text(encoding="utf-8")
-        set_thinking(tokenizer, is_thinking(tokenizer))  # the template of an older adapter does not say it itself
-    return tokenizer
 
 
 def upload(folder: str, name: str) -> None:
@@ -78,7 +64,8 @@ def main() -> None:
     rows = choose_rows(args.check_data_path, args.check_rows)
 
     base = ModelArguments(path, False, args.trust_remote_code)
-    tokenizer = load_trained_tokenizer(base, args.adapter_path, info)
+    tokenizer = load_tokenizer(base, info.get("prompt_format", "auto"))
+    use_trained_format(tokenizer, args.adapter_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = dtype if device.type == "cuda" else torch.float32
 

@@ -200,7 +200,11 @@ MUTANTS = [
     Mutant("finetuning/training/flags.py", "if training_args.label_smoothing_factor:", "if False:", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "flags.fp16 = flags.fp16 and on_cuda and not flags.bf16", "pass", "test_train_lora"),
     Mutant("finetuning/training/flags.py", "if flags.load_best_model_at_end:", "if False:", "test_train_lora mistakes"),
-    Mutant("finetuning/training/flags.py", 'if name not in ("none", "all") and not find_spec(name):', "if False:", "test_train_lora mistakes"),
+    Mutant("finetuning/training/trackers.py", "if name != \"kubeflow\" and not find_spec(module):", "if False:", "test_trackers not_there"),
+    Mutant("finetuning/training/trackers.py", "    if names and hub_token:", "    if False:", "test_trackers tokens"),
+    Mutant("finetuning/training/trackers.py", "        except ValueError as error:\n", "        except KeyError as error:\n", "test_trackers not_there"),
+    Mutant("finetuning/training/trainer.py", "        start_swanlab(self.args)\n", "", "test_trackers swanlab"),
+    Mutant("finetuning/training/flags.py", "        reach_trackers(training_args.report_to)\n", "        pass\n", "test_trackers no_key"),
     Mutant("finetuning/training/checkpoints.py", "if allowed or not folder.is_dir()", "if True or not folder.is_dir()", "test_train_lora used_output"),
     Mutant("finetuning/training/checkpoints.py", 'if (folder / "config.json").exists():', "if False:", "test_train_lora model_folder"),
     # during training

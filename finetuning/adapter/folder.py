@@ -30,7 +30,7 @@ from finetuning.cli.console import command_line, fail, first_line, is_disk_error
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.summary import Summary
-from finetuning.preprocessing.templates import prompt_format
+from finetuning.preprocessing.templates import is_thinking, prompt_format, set_thinking
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
 CONFUSION = "confusion.png"
@@ -174,7 +174,16 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         fail(
             f"'{adapter_path}' holds NaN or infinite weights; train it again with --bf16 True or a lower learning rate"
         )
+    if not info:
+        warn(f"'{adapter_path}' was not saved by this project: prompt format and base model cannot be checked")
     return config, info
+
+
+def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) -> None:
+    """Give the base model's tokenizer the chat template that the adapter was trained with, if it has one."""
+    if Path(adapter_path, TEMPLATE).is_file():
+        tokenizer.chat_template = Path(adapter_path, TEMPLATE).read_text(encoding="utf-8")
+        set_thinking(tokenizer, is_thinking(tokenizer))  # the template of an older adapter does not say it itself
 
 
 def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]) -> PeftModel:
