@@ -4,20 +4,22 @@
 
 It runs the command lines one after the other, which saves the start of new processes. With "fsdp" before the script's
 name the run goes through accelerate's FSDP2 on CPUs, which accelerate itself refuses: the CPUs pass for GPUs. With
-"fully_shard", torch's own FSDP2 is put around the models of support.py, and the difference from one process is printed.
+"fully_shard", torch's own FSDP2 is put around the models of support.py, and the difference from one process is printed;
+with "deepspeed" (pip install deepspeed; DS_ACCELERATOR=cpu) it is DeepSpeed's ZeRO-2 and ZeRO-3.
 """
 
 import importlib
 import json
 import os
 import sys
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import make_model, make_rows, make_soft
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -60,18 +62,36 @@ def train_with_fsdp(script: str, *words: str) -> None:
 
 
 def loss_and_gradients(
-    model: torch.nn.Module, rows: list[dict[str, list[int]]], divisor: int
-) -> tuple[float, list[torch.Tensor]]:
+    model: PeftModel, rows: list[dict[str, list[int]]], divisor: int, engine: Any = None
+) -> tuple[float, list[torch.Tensor | None]]:
+    """Of a batch of the rows; with DeepSpeed, its engine around the model keeps the gradients."""
     base = model.get_base_model()
     batch = FlattenCollator(len(getattr(model, "virtual_tokens", [])))(rows)
     chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
     half = base.dtype == torch.bfloat16
     with attention(base, "rows"), torch.autocast("cpu", torch.bfloat16, enabled=half):
         with chunked.instead_of_logits(labels, torch.tensor(divisor)):
-            model(**batch)
+            (engine or model)(**batch)
             loss = chunked()
-    loss.backward()
-    return loss.item(), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    engine.backward(2 * loss) if engine else loss.backward()  # DeepSpeed divides by the number of processes
+    return loss.item(), [parameter.grad for parameter in trained(model)]
+
+
+def make_adapted(kind: str, dtype: torch.dtype) -> PeftModel:
+    if kind == "soft prompt":
+        model = make_soft()
+        model.get_base_model().to(dtype)
+        return model
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(make_model().to(dtype), config)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in trained(model):
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def trained(model: PeftModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def shard_directly() -> None:
@@ -80,20 +100,7 @@ def shard_directly() -> None:
     divisor = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
     for kind in ("lora", "soft prompt"):
         for dtype in (torch.float32, torch.bfloat16):
-            models = []
-            for _ in range(2):
-                if kind == "lora":
-                    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-                    model = get_peft_model(make_model().to(dtype), config)
-                    generator = torch.Generator().manual_seed(5)
-                    for parameter in model.parameters():
-                        if parameter.requires_grad:
-                            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-                else:
-                    model = make_soft()
-                    model.get_base_model().to(dtype)
-                models.append(model)
-            alone, sharded = models
+            alone, sharded = make_adapted(kind, dtype), make_adapted(kind, dtype)
             loss, gradients = loss_and_gradients(alone, rows, divisor)
             for layer in sharded.get_base_model().model.layers:
                 fully_shard(layer, mp_policy=MixedPrecisionPolicy())
@@ -109,6 +116,35 @@ def shard_directly() -> None:
                 print("fully_shard", json.dumps(report), flush=True)
 
 
+def divide_with_deepspeed() -> None:
+    """Print how far losses and weights after three steps with DeepSpeed's ZeRO are from those of one process."""
+    import deepspeed  # not among the packages of the tests
+
+    rank, rows = dist.get_rank(), make_rows((9, 3, 14, 6))
+    divisor = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    for stage in (2, 3):
+        for kind in ("lora", "soft prompt"):
+            alone, divided = make_adapted(kind, torch.float32), make_adapted(kind, torch.float32)
+            alone_optimizer, optimizer = (torch.optim.AdamW(trained(model), lr=0.01) for model in (alone, divided))
+            config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+            config |= {"zero_allow_untested_optimizer": True, "gradient_accumulation_steps": 1}
+            engine, *_ = deepspeed.initialize(model=divided, optimizer=optimizer, config=config)
+            losses = []
+            for _ in range(3):
+                loss, _ = loss_and_gradients(alone, rows, divisor)
+                alone_optimizer.step()
+                alone_optimizer.zero_grad()
+                total = torch.tensor(loss_and_gradients(divided, rows[rank::2], divisor, engine)[0])
+                engine.step()
+                dist.all_reduce(total)
+                losses.append(abs(total.item() - loss))
+            with deepspeed.zero.GatheredParameters(trained(divided), enabled=stage == 3):
+                pairs = zip(trained(alone), trained(divided), strict=True)
+                difference = max((one - other).abs().max().item() for one, other in pairs)
+            if rank == 0:
+                print(f"ZeRO-{stage}", json.dumps({"kind": kind, "losses": losses, "weights": difference}), flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     if not dist.is_initialized():
@@ -116,6 +152,8 @@ def main() -> None:
     for words in json.loads(sys.argv[1]):
         if words[0] == "fully_shard":
             shard_directly()
+        elif words[0] == "deepspeed":
+            divide_with_deepspeed()
         elif words[0] == "fsdp":
             train_with_fsdp(*words[1:])
         else:
