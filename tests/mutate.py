@@ -305,6 +305,7 @@ MUTANTS = [
     # what a run shows
     Mutant("finetuning/training/trainer.py", "    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)", "    pass", "test_progress file"),
     Mutant("finetuning/cli/arguments.py", "        if not sys.stderr.isatty():\n            disable_progress_bar()", "        if False:\n            disable_progress_bar()", "test_progress file"),
+    Mutant("finetuning/cli/arguments.py", '        os.environ.pop("MPLBACKEND", None)', "        pass", "test_progress file"),
     Mutant("finetuning/generation/evaluate.py", "generate(model.get_base_model(), tokenizer, prompts", "generate(model, tokenizer, prompts", "test_progress before"),
     Mutant("finetuning/generation/evaluate.py", "    with model.disable_adapter():\n", "    if True:\n", "test_progress before"),
     Mutant("finetuning/preprocessing/token_dataset.py", "sum(map(len, ids)), sum(learnt)", "sum(map(len, ids)), 0", "test_train_lora add_up"),

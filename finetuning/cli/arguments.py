@@ -1,5 +1,6 @@
 """The command line: a parser that answers each mistake with one line, and the flags every script has."""
 
+import os
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
@@ -96,6 +97,7 @@ class ScriptParser(HfArgumentParser):
         end_quietly_on_interrupt()
         print_any_text()
         allow_expandable_segments()
+        os.environ.pop("MPLBACKEND", None)  # pictures need none; Jupyter's own is missing in other environments
         if not sys.stderr.isatty():
             disable_progress_bar()  # of transformers: a log file needs none
         warnings.filterwarnings("ignore", category=FutureWarning)  # deprecation notices not meant for users

@@ -50,12 +50,13 @@ def test_on_a_terminal(flags: list[str], rows_path: str) -> None:
 
 @pytest.mark.slow
 def test_in_a_file(flags: list[str], rows_path: str, tmp_path: Path) -> None:
-    """No bars, no carriage returns, no colours."""
+    """No bars, no carriage returns, no colours; and no warning if Jupyter's variables are set, as after `!`."""
     command = [sys.executable, "train_lora.py", *flags, "--disable_tqdm", "False", "--eval_data_path", rows_path]
+    jupyter = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with (tmp_path / "log.txt").open("wb") as log:
-        subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=True)
+        subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=True, env=jupyter)
     text = (tmp_path / "log.txt").read_bytes().decode()
-    assert "\r" not in text and "\033" not in text and "it/s" not in text
+    assert "\r" not in text and "\033" not in text and "it/s" not in text and "warning" not in text
     assert len(STEP.findall(text)) == 2 and text.count("  evaluation, ") == 2
 
 
