@@ -42,7 +42,7 @@ from finetuning.preprocessing.summary import Summary, print_summary
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.preprocessing.thoughts import choose_mode, use_of_thoughts, without_thoughts
 from finetuning.preprocessing.token_cache import TokenCache
-from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, row_lengths, split_rows
+from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     check_output_dir,
@@ -268,11 +268,11 @@ def train_and_save(
     (checkpoint,) = broadcast_object_list([checkpoint])
     start = adapter_state(model)
 
-    lengths = row_lengths(train_data.dataset)
-    signals, progress = StopOnSignal(), ProgressLog(sum(lengths) / len(lengths))
+    signals = StopOnSignal()
     eval_dataset = eval_data.dataset if eval_data else None
     pad_id = pad_token_id(tokenizer)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals, progress))
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals,))
+    trainer.add_callback(ProgressLog(trainer, args))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 

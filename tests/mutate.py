@@ -236,6 +236,16 @@ MUTANTS = [
     Mutant("inference.py", 'with memory_advice(device, [] if model_args.load_in_4bit else ["--load_in_4bit True"], "while loading the adapter"):', "if True:", "test_out_of_memory loading_the_adapter"),
     Mutant("finetuning/generation/flags.py", "and args.instruction is None and not args.interactive", "", "test_out_of_memory answering"),
     Mutant("benchmark.py", "with memory_advice(device, memory_flags(args)):", "if True:", "test_out_of_memory benchmark"),
+    # the rehearsal
+    Mutant("finetuning/training/rehearsal.py", "advice, torch.random.fork_rng([device] if device.type == \"cuda\" else []):", "advice:", "test_rehearsal stays"),
+    Mutant("finetuning/training/rehearsal.py", "            trainer.model.zero_grad()\n", "", "test_rehearsal stays"),
+    Mutant("finetuning/training/rehearsal.py", "    trainer.not_finite_guard.forwards.clear()\n", "", "test_rehearsal blamed"),
+    Mutant("finetuning/training/rehearsal.py", "nullcontext() if training.auto_find_batch_size else", "", "test_rehearsal smaller_batch"),
+    Mutant("finetuning/training/rehearsal.py", "order[-size:]", "order[:size]", "test_rehearsal named"),
+    Mutant("finetuning/training/rehearsal.py", " * lengths.mean() / lengths[rows].mean()", "", "test_rehearsal known"),
+    Mutant("finetuning/training/rehearsal.py", "seconds=seconds * training.gradient_accumulation_steps", "seconds=seconds", "test_rehearsal known"),
+    Mutant("finetuning/training/rehearsal.py", "training.world_size > 1 or ", "", "test_rehearsal none"),
+    Mutant("finetuning/training/rehearsal.py", " or training.optim.endswith(IN_BACKWARD)", "", "test_rehearsal none"),
     # the dry run
     Mutant("finetuning/training/dry_run.py", "if fitted and step.peak() <= total - others:", "if fitted and step.peak() <= total:", "test_dry_run others_hold"),
     Mutant("finetuning/training/dry_run.py", "if fitted and step.peak() <= total - others:", "if step.peak() <= total - others:", "test_dry_run runs_out_in"),

@@ -8,26 +8,29 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from finetuning.cli.console import cyan, describe_duration, fact, say
 from finetuning.cli.memory import GIB, memory_of_others, peak_reserved, total_memory, used_memory
+from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.training.flags import Arguments
+from finetuning.training.rehearsal import Rehearsal, rehearse
+from finetuning.training.trainer import FineTuningTrainer
 
 COLUMNS = "   step  epoch      loss  grad norm  learning rate  tokens/s     GiB      left"
 BAR = "{percentage:3.0f}%|{bar}| {n:,} of {total:,} steps, {elapsed} < {remaining}{postfix}"
 
 
 class ProgressLog(TrainerCallback):
-    """Shows steps, losses, speed, the most memory so far and the time that is left.
+    """Rehearses a step; then shows steps, losses, speed, the most memory so far and the time that is left."""
 
-    Args:
-        tokens_per_row: the mean of the training rows.
-    """
-
-    def __init__(self, tokens_per_row: float) -> None:
-        self.tokens_per_row = tokens_per_row
+    def __init__(self, trainer: FineTuningTrainer, args: Arguments) -> None:
+        self.trainer = trainer
+        self.args = args
+        lengths = row_lengths(trainer.train_dataset)
+        self.tokens_per_row = sum(lengths) / len(lengths)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.tokens_per_step = rows * self.tokens_per_row
         self.first_step, self.evaluated = state.global_step, 0
-        print_steps(args, state, rows, self.tokens_per_step)
+        print_steps(args, state, rows, self.tokens_per_step, rehearse(self.trainer, self.args))
         say(f"\n{COLUMNS}")
         self.bar = tqdm(
             total=state.max_steps,
@@ -83,8 +86,10 @@ class ProgressLog(TrainerCallback):
         self.bar.close()
 
 
-def print_steps(args: TrainingArguments, state: TrainerState, rows: int, tokens: float) -> None:
-    """Print how many steps the run takes, and the memory that it starts with.
+def print_steps(
+    args: TrainingArguments, state: TrainerState, rows: int, tokens: float, rehearsal: Rehearsal | None
+) -> None:
+    """Print how many steps the run takes, how long, and the memory that it needs or, if that is not known, has.
 
     Args:
         rows, tokens: of a step.
@@ -92,6 +97,11 @@ def print_steps(args: TrainingArguments, state: TrainerState, rows: int, tokens:
     saves = f"; a checkpoint every {state.save_steps:,} steps" if args.save_strategy == "steps" else ""
     resumed = f" from step {state.global_step:,}" if state.global_step else ""
     fact("steps", f"{state.max_steps:,}{resumed}, of {rows:,} rows (about {tokens:,.0f} tokens){saves}")
-    used = used_memory(args.device)
-    free = total_memory(args.device) - memory_of_others(args.device) - used
-    fact("memory", f"{used / GIB:.2f} GiB in use, {free / GIB:.2f} free; --dry_run True measures a step")
+    used, free = used_memory(args.device), total_memory(args.device) - memory_of_others(args.device)
+    if rehearsal:
+        duration = describe_duration(rehearsal.seconds * (state.max_steps - state.global_step))
+        fact("time", f"about {duration}, without evaluation")
+        peak, longest = rehearsal.peak / GIB, rehearsal.longest
+        fact("memory", f"{peak:.2f} GiB of {free / GIB:.2f}, measured on the longest rows (up to {longest:,} tokens)")
+    else:
+        fact("memory", f"{used / GIB:.2f} GiB in use, {(free - used) / GIB:.2f} free")

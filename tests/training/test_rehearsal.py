@@ -1,0 +1,122 @@
+"""rehearsal.py: what the longest rows need is known before the first step, and nothing of it stays."""
+
+import json
+import re
+from itertools import chain, count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import STEP, Run, equal_weights, logged
+from transformers import Trainer
+
+import train_lora
+import train_prompt_tuning
+from finetuning.training import progress
+from finetuning.training.rehearsal import rehearse
+
+
+@pytest.fixture
+def long_row(flags: list[str], tmp_path: Path) -> list[str]:
+    """The flags of a run whose 7th row is by far the longest."""
+    rows = [{"instruction": f"Say {number}", "output": "a" * (300 if number == 7 else 5 * number)} for number in range(1, 13)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return [*flags, "--data_path", str(tmp_path / "rows.json"), "--sample_answers", "0"]
+
+
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, most_rows: int, most_tokens: int) -> None:
+    """Let each step on more rows or tokens fail."""
+    original = Trainer.training_step
+
+    def run_out(self: Trainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object) -> torch.Tensor:
+        if len(inputs["row_numbers"]) > most_rows or inputs["input_ids"].numel() > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", run_out)
+
+
+@pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "True", "--gradient_accumulation_steps", "2"]])
+def test_nothing_of_it_stays(
+    run_main: Run, flags: list[str], script: object, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and the same adapter as without it, with dropout and clipped gradients."""
+    more = [*more, "--logging_steps", 1, "--keep_checkpoints", True]
+    run_main(script, *flags, *more)
+    monkeypatch.setattr(progress, "rehearse", lambda *args: None)
+    run_main(script, *flags, *more, "--output_dir", tmp_path / "without")
+    assert logged(tmp_path / "out") == logged(tmp_path / "without")
+    assert equal_weights(tmp_path / "out", tmp_path / "without")
+
+
+def test_memory_and_time_are_known_before_the_first_step(
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches: the longest row among four; then usual rows, whose time counts for each batch of each step."""
+    tokens, original = [], Trainer.training_step
+
+    def record(self: Trainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object) -> torch.Tensor:
+        tokens.append((len(inputs["row_numbers"]), inputs["input_ids"].numel(), max(inputs["row_numbers"])))
+        return original(self, model, inputs, *args)
+
+    clock = chain([0, 100, 200, 205], count(300))  # begin and end of each of the two batches; then the run's own time
+    monkeypatch.setattr(Trainer, "training_step", record)
+    monkeypatch.setattr("finetuning.training.rehearsal.time.perf_counter", lambda: next(clock))
+    words = ["--max_steps", 3, "--gradient_accumulation_steps", 2, "--logging_strategy", "no"]
+    printed = run_main(train_lora, *long_row, *words)
+    (four, longest, row), (usual, shorter, _), *_ = tokens
+    assert four == usual == 4 and row >= 7 and longest > 300 + 3 * 50 and shorter < 400
+    mean = int(re.search(r"^tokens +([\d,]+)", printed, re.M)[1].replace(",", "")) / 12
+    assert f"\ntime        about {3 * 2 * 5 * mean / (shorter / 4):.0f} s" in printed
+    peak, free, longest = re.search(r"^memory +([\d.]+) GiB of ([\d.]+), .*\(up to (\d+) tokens\)", printed, re.M).groups()
+    at_the_end = float(re.search(r"peak memory ([\d.]+) GiB", printed)[1])
+    assert 0.1 < float(peak) <= at_the_end + 0.01 < float(free) and 300 < int(longest) < 350
+
+
+def test_rows_that_do_not_fit_are_named_before_the_first_step(
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_out_of_memory(monkeypatch, most_rows=4, most_tokens=300)
+    message = run_main(train_lora, *long_row, "--logging_steps", 1, expected=1)
+    assert re.match(r"error: out of memory on the longest rows \(7, 12, 11, 10: up to 3\d\d tokens\): ", message)
+    assert "2.00 GiB more were needed" in message and "--max_length 1" in message
+    assert not STEP.search(message)
+
+
+def test_a_smaller_batch_is_found_with_the_longest_rows(
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer's own `--auto_find_batch_size`: it is not kept from trying."""
+    run_out_of_memory(monkeypatch, most_rows=2, most_tokens=1000)
+    printed = run_main(train_lora, *long_row, "--auto_find_batch_size", True, "--logging_steps", 1)
+    assert "saved in" in printed and len(STEP.findall(printed)) == 6
+
+
+def test_the_loss_of_a_row_is_not_blamed_on_the_first_step(
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row without a finite loss is named with the step that it came in."""
+    original = train_lora.train
+
+    def spoil(model: torch.nn.Module, *args: object) -> None:
+        def spoil_long(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor], output: object) -> object:
+            return output * (torch.nan if output.shape[1] > 300 else 1)
+
+        model.get_base_model().model.norm.register_forward_hook(spoil_long, with_kwargs=True)
+        original(model, *args)
+
+    monkeypatch.setattr(train_lora, "train", spoil)
+    words = "--per_device_train_batch_size 1 --max_steps 12 --logging_steps 12 --logging_first_step False --seed 1"
+    message = run_main(train_lora, *long_row, *words.split(), expected=1)
+    step, row = re.search(r"step (\d+) \(rows? (\d+) of", message).groups()
+    assert row == "7" and int(step) > 1
+
+
+def test_where_there_is_none() -> None:
+    """Several processes, and optimizers that change the weights in the backward pass."""
+    trainer = SimpleNamespace(state=SimpleNamespace(train_batch_size=1))
+    for processes, optimizer in ((2, "adamw_torch"), (1, "galore_adamw_layerwise"), (1, "adalomo")):
+        training = SimpleNamespace(world_size=processes, optim=optimizer, device=torch.device("cpu"))
+        assert rehearse(trainer, SimpleNamespace(training=training)) is None
