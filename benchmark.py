@@ -27,15 +27,9 @@ from finetuning.benchmarking.baselines import make_stock_trainer, make_trl_train
 from finetuning.benchmarking.child import run_child
 from finetuning.benchmarking.flags import BenchmarkArguments, memory_flags
 from finetuning.benchmarking.meters import Stopwatch, TokenCounter, count_products, measure_machine
+from finetuning.benchmarking.pages import find_pages
 from finetuning.benchmarking.shapes import make_random_checkpoint, random_rows
-from finetuning.benchmarking.table import (
-    ALL,
-    Method,
-    check_marks,
-    choose_methods,
-    save_results,
-    show_results,
-)
+from finetuning.benchmarking.table import ALL, Method, choose_methods, save_results, show_results
 from finetuning.cli.arguments import ModelArguments, ScriptParser
 from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
 from finetuning.preprocessing.prompts import pad_token_id
@@ -153,9 +147,7 @@ def main() -> None:
 
 def compare(args: BenchmarkArguments, model_path: str) -> None:
     """Measure the methods one after the other, keep each result as it comes, then show them side by side."""
-    reports = args.report.split(",") if args.report else []
-    for file in reports:
-        check_marks(file)
+    pages = find_pages(args.report, "benchmark")
     if not args.shape:
         load_tokenizer(ModelArguments(model_path=model_path), "auto")  # a wrong path fails here, in one line
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -183,7 +175,7 @@ def compare(args: BenchmarkArguments, model_path: str) -> None:
             save_results(args.output_dir, run, results, failures)
     if not results:
         fail("no method could be measured", 1)
-    show_results(run, results, args.output_dir, reports)
+    show_results(run, results, args.output_dir, pages)
 
 
 if __name__ == "__main__":

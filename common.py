@@ -1,15 +1,13 @@
 """What the scripts share, in the order a run uses it: load, preprocess, train."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail, say  # before peft, whose import is noisy
+from finetuning.cli.console import fail  # before peft, whose import is noisy
 
 # isort: split
 import torch
 from accelerate.utils import broadcast_object_list, disable_fsdp_ram_efficient_loading
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -32,17 +30,17 @@ from finetuning.adapter.base_model import (
 )
 from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import adapter_state, describe_adapter, save_adapter
+from finetuning.adapter.hub import create_repository, upload
 from finetuning.cli.arguments import ModelArguments, renamed_fields
+from finetuning.cli.commands import print_next_command
 from finetuning.cli.memory import memory_advice
-from finetuning.generation.evaluate import score_adapter, show_answers
+from finetuning.generation.evaluate import evaluate
+from finetuning.preprocessing.data import Data, read_data, read_training_data
 from finetuning.preprocessing.label_words import warn_about_labels
 from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
-from finetuning.preprocessing.rows import Rows, load_rows
-from finetuning.preprocessing.summary import Summary, print_summary
 from finetuning.preprocessing.templates import set_prompt_format
-from finetuning.preprocessing.thoughts import choose_mode, use_of_thoughts, without_thoughts
-from finetuning.preprocessing.token_cache import TokenCache
-from finetuning.preprocessing.token_dataset import ChunkTokenizer, make_dataset, split_rows
+from finetuning.preprocessing.thoughts import choose_mode
+from finetuning.preprocessing.token_dataset import ChunkTokenizer
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     check_output_dir,
@@ -53,15 +51,12 @@ from finetuning.training.checkpoints import (
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
-from finetuning.training.hub import create_repository, upload_adapter
 from finetuning.training.processes import shards_weights
 from finetuning.training.progress import ProgressLog
 from finetuning.training.report import (
     describe_run,
     print_first_row,
-    print_next_command,
     print_run,
-    scoring_command,
     write_report,
 )
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -74,8 +69,10 @@ def start_run(args: Arguments) -> None:
     if args.training.should_save:
         check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
-    if not only_looks:
-        create_repository(args.training)
+    training = args.training
+    if training.push_to_hub and training.should_save and not only_looks:
+        names = training.hub_model_id, training.output_dir
+        training.hub_model_id = create_repository(*names, training.hub_token, training.hub_private_repo)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,15 +142,6 @@ def training_dtype(training_args: TrainingArguments) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """Rows to train or evaluate on: their tokens, what is known of them, and what answers are compared with."""
-
-    dataset: Dataset
-    summary: Summary
-    rows: Rows | None = None  # with their texts; None if they are not to be answered
-
-
 def preprocess_function(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
@@ -194,30 +182,16 @@ def preprocess(
         whose earlier turns the template rewrites gives one example for each answer.
     """
     tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking, rename or {})
-    dataset, summary = make_dataset(path, tokenize_chunk, **options)
-    print_summary(summary, max_length, use_of_thoughts(tokenizer, thinking))
-    return Data(dataset, summary)
+    return read_data(path, tokenize_chunk, **options)
 
 
 def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
-    """The rows to train on, and those to evaluate on: of a file of their own, or a share of the others."""
-    data, thinking = args.data, args.data.thinking
-    cache = TokenCache(data.token_cache_dir, data.token_cache_gb, args.training.local_process_index == 0)
-    options = {"rename": renamed_fields(data), "num_workers": data.preprocessing_num_workers, "cache": cache}
-    train = preprocess(data.data_path, tokenizer, data.max_length, thinking, max_rows=data.max_rows, **options)
-    if data.eval_split:
-        train.dataset, held_out = split_rows(train.dataset, data.eval_split, args.training.seed)
-        evaluation, path, numbers = Data(held_out, train.summary), data.data_path, set(held_out["row_number"])
-    elif data.eval_data_path:
-        path, numbers = data.eval_data_path, None
-        evaluation = preprocess(path, tokenizer, data.max_length, thinking, **options)
-    else:
-        return train, None
-    if data.eval_metrics and args.training.should_save:
-        evaluation.rows = load_rows(path, rename=renamed_fields(data), numbers=numbers)
-        if thinking == "off":
-            evaluation.rows[:] = map(without_thoughts, evaluation.rows)
-    return train, evaluation
+    """The rows to train on, and those to evaluate on, if there are any."""
+    data, training = args.data, args.training
+    rename = renamed_fields(data)
+    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, data.max_length, data.thinking, rename)
+    first_of_machine = training.local_process_index == 0
+    return read_training_data(data, tokenize_chunk, training.seed, first_of_machine, training.should_save)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,11 +221,14 @@ def train(
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
     output_dir, scores = args.training.output_dir, ""
     try:
-        scores = evaluate(model, tokenizer, train_data, eval_data, args)
+        if args.training.should_save:
+            divided = shards_weights(args.training)
+            scores = evaluate(model, tokenizer, train_data, eval_data, args.data, args.training, divided)
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)
-    upload_adapter(args.training)
+    if args.training.push_to_hub and args.training.should_save:
+        upload(output_dir, args.training.hub_model_id, args.training.hub_token)
     print_next_command(output_dir)
 
 
@@ -284,24 +261,3 @@ def train_and_save(
     run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
     print_run(run, output_dir)
     return run
-
-
-def evaluate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
-) -> str:
-    """Score the adapter's answers to the evaluation rows, and show a few; returns the scores, "" if there are none."""
-    rows, count = eval_data.rows if eval_data else None, args.data.sample_answers
-    if not args.training.should_save or not (rows or count):
-        return ""
-    command = scoring_command(args.training.output_dir, rows.path if rows else args.data.data_path)
-    if shards_weights(args.training):
-        say(f"no answers, as the model is divided; for them: {command}")
-        return ""
-    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
-    place = "after the adapter was saved, while answering rows"
-    with memory_advice(args.training.device, [f"{command} --batch_size 1"], place):
-        labels = train_data.summary.labels()
-        scores = score_adapter(model, tokenizer, rows, labels, args.training) if rows else ""
-        if count:
-            show_answers(model, tokenizer, (eval_data or train_data).dataset, count)
-    return scores

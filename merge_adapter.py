@@ -7,10 +7,8 @@ The result is compared with base model and adapter before it gets its name. docs
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel
 
 from common import load_model, load_tokenizer
@@ -28,26 +26,13 @@ from finetuning.adapter.checkpoint_copy import (
 from finetuning.adapter.flags import parse_merge_arguments
 from finetuning.adapter.folder import load_adapter, read_adapter, use_trained_format
 from finetuning.adapter.gguf import GGUF, find_converter, write_gguf
+from finetuning.adapter.hub import create_repository, upload
 from finetuning.adapter.merging import check_can_merge, export_adapter, write_merged
 from finetuning.cli.arguments import ModelArguments, beside_scripts
-from finetuning.cli.console import fail, first_line, say
+from finetuning.cli.console import fail, say
 from finetuning.generation.verification import choose_rows, compare, load_served, make_reference
 from finetuning.preprocessing.prompts import tokenize
 from finetuning.preprocessing.served_template import choose_plain_start, write_modelfile
-
-
-def upload(folder: str, name: str) -> None:
-    """Upload the result to the Hugging Face hub."""
-    try:
-        repository = create_repo(name, exist_ok=True).repo_id
-        upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model")
-    except Exception as error:  # of the network, the login or the name: several libraries' own
-        fail(
-            f"'{folder}' is whole, but cannot be uploaded: {first_line(error)}\n"
-            f"Log in with: hf auth login; and then: hf upload {name} {folder}",
-            1,
-        )
-    say(f"uploaded to {repository}")
 
 
 def main() -> None:
@@ -62,6 +47,7 @@ def main() -> None:
     dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(folder)
     check_output(args.output_dir, result_size(folder, dtype) * (2 if args.gguf else 1))
     rows = choose_rows(args.check_data_path, args.check_rows)
+    repository = create_repository(args.hub_model_id, args.output_dir) if args.push_to_hub else None
 
     base = ModelArguments(path, False, args.trust_remote_code)
     tokenizer = load_tokenizer(base, info.get("prompt_format", "auto"))
@@ -100,8 +86,8 @@ def main() -> None:
     say(f"saved in {args.output_dir}")
     if converter:
         write_gguf(converter, args.output_dir, dtype, write_modelfile(tokenizer, GGUF, not args.keep_sampling))
-    if args.push_to_hub:
-        upload(args.output_dir, args.hub_model_id or Path(args.output_dir).name)
+    if repository:
+        upload(args.output_dir, repository)
     if args.export == "checkpoint":
         say(f"Try it:\npython {beside_scripts('inference.py')} --model_path {args.output_dir} --interactive True")
 

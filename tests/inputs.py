@@ -35,7 +35,7 @@ from transformers import TrainingArguments
 
 import inference
 import train_lora
-from finetuning.training.flags import DataArguments
+from finetuning.preprocessing.flags import DataArguments
 
 TABLE = REPOSITORY / "tests/INPUTS.md"
 ROW = {"instruction": "Say sun", "output": "sun"}

@@ -244,6 +244,21 @@ def read_or_refuse(read: Callable[[str], Any], path: Path) -> Any:
             return None
 
 
+def damaged(data: bytes, damage: str, place: float, junk: bytes) -> bytes:
+    """A file's bytes, changed in one of several ways at a place between 0 and 1."""
+    at = int(place * len(data))
+    return {
+        "none": data,
+        "cut": data[:at],
+        "remove": data[:at] + data[at + 1 :],
+        "double": data[:at] + data[at : at + 1] + data[at:],
+        "flip": data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :],
+        "insert": data[:at] + junk + data[at:],
+        "append": data + junk,
+        "swap": data[at:] + data[:at],
+    }[damage]
+
+
 def logged(folder: Path, name: str = "loss") -> list[float]:
     """The losses of a run, as its last checkpoint has them."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

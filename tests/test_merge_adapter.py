@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import inference
 import merge_adapter
 from common import load_model
-from finetuning.adapter import checkpoint_copy
+from finetuning.adapter import checkpoint_copy, hub
 from finetuning.adapter.folder import describe_adapter
 from finetuning.adapter.merging import soft_prompt_changes
 from finetuning.adapter.soft_prompts import SoftPromptModel
@@ -384,14 +384,18 @@ def test_gguf(merge: Run, tmp_path: Path) -> None:
 def test_upload(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_random_adapter(save_base(tmp_path / "base", "qwen2"), tmp_path / "adapter", "soft prompt")
     uploads = Mock()
-    monkeypatch.setattr(merge_adapter, "create_repo", lambda name, exist_ok: Mock(repo_id=f"me/{name}"))
-    monkeypatch.setattr(merge_adapter, "upload_folder", uploads)
+    monkeypatch.setattr(hub, "create_repo", lambda name, **more: Mock(repo_id=name if "/" in name else f"me/{name}"))
+    monkeypatch.setattr(hub, "upload_folder", uploads)
     assert "uploaded to me/merged" in merge("--push_to_hub", True)
     assert uploads.call_args.kwargs["folder_path"] == str(tmp_path / "merged")
     shutil.rmtree(tmp_path / "merged")
     uploads.side_effect = ConnectionError("no route")
     message = merge("--push_to_hub", True, "--hub_model_id", "you/it", expected=1)
     assert "no route" in message and f"hf upload you/it {tmp_path / 'merged'}" in message
+    shutil.rmtree(tmp_path / "merged")
+    monkeypatch.setattr(hub, "create_repo", Mock(side_effect=ValueError("log in first")))
+    message = merge("--push_to_hub", True, expected=2)  # before anything is loaded
+    assert "log in first" in message and not (tmp_path / "merged.unverified").exists()
 
 
 # ---- what is refused

@@ -19,7 +19,7 @@ import train_prompt_tuning
 from finetuning.benchmarking.flags import BenchmarkArguments
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.flags import InferenceArguments
-from finetuning.training.flags import DataArguments
+from finetuning.preprocessing.flags import DataArguments
 
 SCRIPTS = {
     train_lora: (ModelArguments, DataArguments, train_lora.LoraArguments, TrainingArguments),

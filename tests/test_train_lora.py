@@ -20,11 +20,12 @@ import inference
 import train_lora
 import train_prompt_tuning
 from common import load_model, load_tokenizer, preprocess, training_dtype
+from finetuning.adapter import hub
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
 from finetuning.generation.generate import make_generation_config
-from finetuning.training import hub, report
+from finetuning.training import report
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter

@@ -26,7 +26,8 @@ from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprint
 from finetuning.adapter.sharding import gathered, whole_copy
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
-from finetuning.cli.console import command_line, fail, first_line, is_disk_error, resume_command, warn
+from finetuning.cli.commands import command_line, resume_command
+from finetuning.cli.console import fail, first_line, is_disk_error, warn
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.preprocessing.prompts import stop_token_ids
 from finetuning.preprocessing.summary import Summary

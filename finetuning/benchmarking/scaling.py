@@ -7,19 +7,18 @@ Weights are counted from the models' shapes, what the backward pass keeps by `ke
 `memory`.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from finetuning.benchmarking.kept_bytes import per_token_and_layer
+from finetuning.benchmarking.pages import find_pages, write_table
 from finetuning.benchmarking.shapes import SHAPES, make_config
 from finetuning.cli.arguments import ScriptParser, flag
-from finetuning.cli.console import fail, say
+from finetuning.cli.console import say
 from finetuning.cli.memory import GIB
 from finetuning.training.losses import LOGITS_MEMORY
 
@@ -32,7 +31,6 @@ VIRTUAL_TOKENS = 20
 CONTEXT = 0.5  # GiB that CUDA itself takes
 USABLE = 0.95  # of a GPU's memory: PyTorch keeps some between its tensors, and a card of 24 GB has a little less
 LARGE = "qwen2.5-7b,qwen2.5-14b,qwen2.5-32b,qwen2.5-72b"
-MARKS = re.compile("(?<=<!-- memory -->\n).*?(?=<!-- /memory -->)", re.DOTALL)
 
 
 @dataclass
@@ -172,19 +170,14 @@ def make_cards_table(cards: list[int], shapes: list[str], tokens: int) -> str:
 def main() -> None:
     parser = ScriptParser((ScalingArguments,), __doc__)
     (args,) = parser.to_dataclasses(parser.parse_flags())
-    reports = args.report.split(",") if args.report else []
-    for file in reports:
-        if not Path(file).is_file() or len(MARKS.findall(Path(file).read_text(encoding="utf-8"))) != 1:
-            fail(f"--report '{file}' is not a file with one line <!-- memory --> and, below, one <!-- /memory -->")
+    pages = find_pages(args.report, "memory")
     shapes = args.shapes.split(",")
     if args.cards:
         table = make_cards_table([int(card) for card in args.cards.split(",")], shapes, args.tokens)
     else:
         table = make_table(shapes, args.tokens, args.gpus)
     say(table)
-    for file in reports:
-        before = Path(file).read_text(encoding="utf-8")
-        Path(file).write_text(MARKS.sub(lambda _: f"\n{table}\n\n", before), encoding="utf-8")
+    write_table(pages, "memory", table)
 
 
 if __name__ == "__main__":

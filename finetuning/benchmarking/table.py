@@ -1,18 +1,17 @@
 """The measured methods side by side: a table, a picture, and a check that they may be compared."""
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from finetuning.benchmarking.pages import write_table
 from finetuning.cli.console import fail, say, warn
 
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}  # of a step's loss
 HALF_PRECISION_STEPS = 3  # whose losses are compared: tiny differences of half-precision runs grow with the steps
-MARKS = re.compile("(?<=<!-- benchmark -->\n).*?(?=<!-- /benchmark -->)", re.DOTALL)
 
 
 class Method(NamedTuple):
@@ -119,18 +118,8 @@ def save_results(output_dir: str, run: dict[str, Any], results: dict[str, Any], 
     Path(output_dir, "benchmark.json").write_text(text + "\n", encoding="utf-8")
 
 
-def check_marks(file: str) -> None:
-    """Refuse a report without a place for the table.
-
-    Raises:
-        SystemExit: code 2.
-    """
-    if not Path(file).is_file() or len(MARKS.findall(Path(file).read_text(encoding="utf-8"))) != 1:
-        fail(f"--report '{file}' is not a file with one line <!-- benchmark --> and, below, one <!-- /benchmark -->")
-
-
-def show_results(run: dict[str, Any], results: dict[str, dict[str, Any]], output_dir: str, reports: list[str]) -> None:
-    """Print the table and, if its methods may be compared, write it between the marks of the reports, and draw it.
+def show_results(run: dict[str, Any], results: dict[str, dict[str, Any]], output_dir: str, pages: list[Path]) -> None:
+    """Print the table and, if its methods may be compared, write it into the pages, and draw it.
 
     Args:
         run: the machine, from `measure_machine`, the `model`, and the `arguments` of the command line.
@@ -140,12 +129,10 @@ def show_results(run: dict[str, Any], results: dict[str, dict[str, Any]], output
     """
     rate, rows = run["matrix_product_rate"], run["arguments"]["batch_size"]
     head = f"{run['model']} on {run['device']}, {rate / 1e12:.2f} TFLOP/s in a matrix product; {rows} rows a step"
-    text = f"{head}\n\n{format_table(results, rate)}\n"
-    say("\n" + text)
+    text = f"{head}\n\n{format_table(results, rate)}"
+    say(f"\n{text}\n")
     check_losses(results)
-    for file in reports:
-        before = Path(file).read_text(encoding="utf-8")
-        Path(file).write_text(MARKS.sub(lambda _: f"\n{text}\n", before), encoding="utf-8")
+    write_table(pages, "benchmark", text)
     if find_spec("matplotlib"):
         draw(results, Path(output_dir, "benchmark.png"))
     else:

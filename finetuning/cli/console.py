@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import re
-import shlex
 import signal
 import sys
 import time
@@ -13,7 +11,6 @@ from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 from tqdm import tqdm
 
 # On some processors bitsandbytes warns, when peft imports it, that it lacks a faster kernel. That does no harm.
@@ -146,25 +143,6 @@ def end_quietly_on_interrupt() -> None:
             others(kind, *rest)
 
     sys.excepthook = hook
-
-
-def command_line() -> str:
-    """The command line as it may be published: without the token of `--hub_token`."""
-    line = shlex.join(["python", *sys.argv])
-    return re.sub(r"(--hub[_-]token)[ =]\S+", r"\1 ...", line)
-
-
-def resume_command() -> str:
-    """The command line that resumes this run from its last checkpoint, with its launcher if it has one."""
-    words = ["python", *sys.argv]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = psutil.Process().parent().cmdline()  # python -m ..., or python path/to/torchrun ...
-        words = ["python", *launcher[1:]] if launcher[1] == "-m" else [Path(launcher[1]).name, *launcher[2:]]
-    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
-        if flag in words:
-            place = words.index(flag)
-            del words[place : place + 2]
-    return shlex.join([*words, "--resume_from_checkpoint", "True"])
 
 
 def is_disk_error(error: Exception) -> bool:

@@ -9,7 +9,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from finetuning.adapter.folder import METRICS
+from finetuning.cli.commands import scoring_command
 from finetuning.cli.console import green, progress_bar, say, warn
+from finetuning.cli.memory import memory_advice
 from finetuning.generation.generate import (
     AnswerStreamer,
     answer_in_batches,
@@ -20,8 +22,9 @@ from finetuning.generation.generate import (
 from finetuning.generation.label_scoring import classify_in_batches
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.preprocessing.data import Data
+from finetuning.preprocessing.flags import DataArguments
 from finetuning.preprocessing.prompts import stop_token_ids
-from finetuning.preprocessing.rows import Rows
 from finetuning.preprocessing.templates import read_answer
 from finetuning.preprocessing.token_view import split_parts
 
@@ -82,22 +85,43 @@ def answer_instruction(
         warn(f"the answer was cut at {config.max_new_tokens} tokens (--max_new_tokens)")
 
 
-def score_adapter(
+def evaluate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    labels: dict[str, list[str]],
-    args: TrainingArguments,
+    train_data: Data,
+    eval_data: Data | None,
+    args: DataArguments,
+    training_args: TrainingArguments,
+    divided: bool,
 ) -> str:
-    """Answer rows with a trained adapter; print and return the scores, and write them beside it, into metrics.json.
+    """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
 
     Args:
-        labels: the label words of each task in the training data.
+        divided: whether this process has only a part of the base weights, and so cannot answer.
+
+    Returns:
+        The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
     """
-    predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
-    batch_size = args.per_device_eval_batch_size
-    answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=args.disable_tqdm)
-    return report(rows, predictions.in_order(), labels, Path(args.output_dir, METRICS), data_path=rows.path)
+    rows, count = eval_data.rows if eval_data else None, args.sample_answers
+    if not rows and not count:
+        return ""
+    output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
+    command = scoring_command(output_dir, rows.path if rows else args.data_path)
+    if divided:
+        say(f"no answers, as the model is divided; for them: {command}")
+        return ""
+    model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
+    place = "after the adapter was saved, while answering rows"
+    with memory_advice(training_args.device, [f"{command} --batch_size 1"], place):
+        if rows:
+            predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
+            quiet = training_args.disable_tqdm
+            answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=quiet)
+            labels, file = train_data.summary.labels(), Path(output_dir, METRICS)
+            scores = report(rows, predictions.in_order(), labels, file, data_path=rows.path)
+        if count:
+            show_answers(model, tokenizer, (eval_data or train_data).dataset, count)
+    return scores
 
 
 def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, count: int) -> None:

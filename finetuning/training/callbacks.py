@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetuning.cli.console import announce, fail, is_main_process, resume_command, say
+from finetuning.cli.commands import resume_command
+from finetuning.cli.console import announce, fail, is_main_process, say
 
 # With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
 # they still do at a scale of 1, the gradients themselves are too large.

@@ -32,7 +32,8 @@ from finetuning.adapter.folder import (
     adapter_state,
     write_adapter,
 )
-from finetuning.cli.console import fail, first_line, is_disk_error, resume_command, say, warn
+from finetuning.cli.commands import resume_command
+from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.training.flags import Arguments
 from finetuning.training.processes import engine_asked_for
 

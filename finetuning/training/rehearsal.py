@@ -46,7 +46,8 @@ def rehearse(trainer: Trainer, args: Arguments) -> Rehearsal | None:
     start = max(0, min(middle, len(order) - size))
     longest, usual = order[-size:], order[start : start + size]
     shown = ", ".join(str(trainer.train_dataset[int(row)]["row_number"]) for row in longest[::-1][:MOST_ROWS])
-    place = f"on the longest rows ({shown}{', ...' if len(longest) > MOST_ROWS else ''}: up to {lengths.max():,} tokens)"
+    shown += ", ..." if len(longest) > MOST_ROWS else ""
+    place = f"on the longest rows ({shown}: up to {lengths.max():,} tokens)"
     remedies = memory_flags(args, int(lengths.max())).values()
     # without advice the Trainer itself tries smaller batches
     advice = nullcontext() if training.auto_find_batch_size else memory_advice(device, remedies, place)

@@ -7,7 +7,6 @@ README.md               the model card
 
 import json
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,16 +176,3 @@ def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
     attempt(REPORT, write_json)
     attempt(CURVE, draw_picture)
     attempt(CARD, write_card)
-
-
-def print_next_command(output_dir: str) -> None:
-    say("\nTry it:")
-    say(f'{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
-
-
-def inference_command(output_dir: str) -> str:
-    return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"
-
-
-def scoring_command(output_dir: str, data_path: str) -> str:
-    return f"{inference_command(output_dir)} --data_path {data_path}"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from support import read_or_refuse
+from support import damaged, read_or_refuse
 from test_files import FORMS, pack
 
 from finetuning.preprocessing import files
@@ -60,20 +60,6 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes, int]
             return read_or_refuse(lambda file: [row for _, row in read_file(file)], path)
 
     return read
-
-
-def damaged(data: bytes, damage: str, place: float, junk: bytes) -> bytes:
-    at = int(place * len(data))
-    return {
-        "none": data,
-        "cut": data[:at],
-        "remove": data[:at] + data[at + 1 :],
-        "double": data[:at] + data[at : at + 1] + data[at:],
-        "flip": data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :],
-        "insert": data[:at] + junk + data[at:],
-        "append": data + junk,
-        "swap": data[at:] + data[:at],
-    }[damage]
 
 
 def unpack(data: bytes) -> bytes:

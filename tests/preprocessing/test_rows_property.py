@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import read_or_refuse
+from support import damaged, read_or_refuse
 
 from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.schema import RowError, read_row
@@ -111,16 +111,7 @@ def test_odd_rows_and_encodings(read: Callable, rows: list[Any], form: Callable,
 )
 def test_damaged_files(read: Callable, rows: list[Any], form: Callable, place: float, damage: str, junk: bytes) -> None:
     """Against Python's own JSON reader: what it finds in the damaged file is read, or the file is refused."""
-    data = form(rows).encode()
-    at = int(place * len(data))
-    data = {
-        "cut": data[:at],
-        "remove": data[:at] + data[at + 1 :],
-        "double": data[:at] + data[at : at + 1] + data[at:],
-        "flip": data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :],
-        "insert": data[:at] + junk + data[at:],
-        "append": data + junk,
-    }[damage]
+    data = damaged(form(rows).encode(), damage, place, junk)
     found = read(data)
     if found is None:
         return

@@ -20,7 +20,8 @@ from finetuning.training.rehearsal import rehearse
 @pytest.fixture
 def long_row(flags: list[str], tmp_path: Path) -> list[str]:
     """The flags of a run whose 7th row is by far the longest."""
-    rows = [{"instruction": f"Say {number}", "output": "a" * (300 if number == 7 else 5 * number)} for number in range(1, 13)]
+    lengths = {number: 300 if number == 7 else 5 * number for number in range(1, 13)}
+    rows = [{"instruction": f"Say {number}", "output": "a" * length} for number, length in lengths.items()]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return [*flags, "--data_path", str(tmp_path / "rows.json"), "--sample_answers", "0"]
 
@@ -70,7 +71,8 @@ def test_memory_and_time_are_known_before_the_first_step(
     assert four == usual == 4 and row >= 7 and longest > 300 + 3 * 50 and shorter < 400
     mean = int(re.search(r"^tokens +([\d,]+)", printed, re.M)[1].replace(",", "")) / 12
     assert f"\ntime        about {3 * 2 * 5 * mean / (shorter / 4):.0f} s" in printed
-    peak, free, longest = re.search(r"^memory +([\d.]+) GiB of ([\d.]+), .*\(up to (\d+) tokens\)", printed, re.M).groups()
+    line = r"^memory +([\d.]+) GiB of ([\d.]+), .*\(up to (\d+) tokens\)"
+    peak, free, longest = re.search(line, printed, re.M).groups()
     at_the_end = float(re.search(r"peak memory ([\d.]+) GiB", printed)[1])
     assert 0.1 < float(peak) <= at_the_end + 0.01 < float(free) and 300 < int(longest) < 350
 
@@ -101,10 +103,10 @@ def test_the_loss_of_a_row_is_not_blamed_on_the_first_step(
     original = train_lora.train
 
     def spoil(model: torch.nn.Module, *args: object) -> None:
-        def spoil_long(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor], output: object) -> object:
+        def spoil_long(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
             return output * (torch.nan if output.shape[1] > 300 else 1)
 
-        model.get_base_model().model.norm.register_forward_hook(spoil_long, with_kwargs=True)
+        model.get_base_model().model.norm.register_forward_hook(spoil_long)
         original(model, *args)
 
     monkeypatch.setattr(train_lora, "train", spoil)

@@ -1,0 +1,43 @@
+"""Command lines: the one that runs, and those that a run ends with."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import psutil
+
+from finetuning.cli.console import say
+
+
+def command_line() -> str:
+    """The command line as it may be published: without the token of `--hub_token`."""
+    line = shlex.join(["python", *sys.argv])
+    return re.sub(r"(--hub[_-]token)[ =]\S+", r"\1 ...", line)
+
+
+def resume_command() -> str:
+    """The command line that resumes this run from its last checkpoint, with its launcher if it has one."""
+    words = ["python", *sys.argv]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = psutil.Process().parent().cmdline()  # python -m ..., or python path/to/torchrun ...
+        words = ["python", *launcher[1:]] if launcher[1] == "-m" else [Path(launcher[1]).name, *launcher[2:]]
+    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    return shlex.join([*words, "--resume_from_checkpoint", "True"])
+
+
+def inference_command(output_dir: str) -> str:
+    return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"
+
+
+def scoring_command(output_dir: str, data_path: str) -> str:
+    return f"{inference_command(output_dir)} --data_path {data_path}"
+
+
+def print_next_command(output_dir: str) -> None:
+    say("\nTry it:")
+    say(f'{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
