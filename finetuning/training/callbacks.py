@@ -64,7 +64,8 @@ class StopOnSignal(TrainerCallback):
         if is_main_process():
             announce(f"stopped by {signal.Signals(self.caught).name}; resume with:\n{resume_command()}")
         if self.group:
-            dist.barrier(self.group)  # torchrun ends all others when the first one exits
+            dist.barrier(self.group)  # torchrun ends all others when the first one exits,
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and they shall end by themselves, with the same code
         raise SystemExit(128 + self.caught)
 
 

@@ -267,6 +267,18 @@ def test_processes_agree_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert control.should_save and control.should_training_stop and stop.caught == signal.SIGTERM
 
 
+def test_the_slower_process_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends SIGTERM when the first one has ended; its table shall show the code of the other one too."""
+    happened = []
+    monkeypatch.setattr("finetuning.training.callbacks.dist.barrier", happened.append)
+    monkeypatch.setattr(signal, "signal", lambda *handler: happened.append(handler))
+    stop = StopOnSignal()
+    stop.caught, stop.group = signal.SIGTERM, "group"
+    with pytest.raises(SystemExit) as exit_:
+        stop.exit_if_caught()
+    assert exit_.value.code == 143 and happened == ["group", (signal.SIGTERM, signal.SIG_IGN)]
+
+
 @pytest.mark.slow
 def test_killed_at_random() -> None:
     """The short form of `tests/soak.py --processes 2`."""
