@@ -22,7 +22,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
-from common import load_model, load_tokenizer, preprocess, start_run, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run, training_dtype
 from finetuning.benchmarking.baselines import make_stock_trainer, make_trl_trainer
 from finetuning.benchmarking.child import run_child
 from finetuning.benchmarking.flags import BenchmarkArguments, memory_flags
@@ -59,7 +59,7 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
         if args.sequence_length:
             dataset = random_rows(args.batch_size * (args.warmup_steps + args.steps), args.sequence_length)
         else:
-            dataset = preprocess(args.data_path, tokenizer, run.data.max_length).dataset
+            dataset = load_data(run, tokenizer)[0].dataset
         model = load_model(run.model, training_dtype(run.training), device)
         products = count_products(model)
         with memory_advice(device, memory_flags(args)):
@@ -135,8 +135,7 @@ def measure_in_child(args: BenchmarkArguments, model_path: str, method: str) -> 
 
 
 def main() -> None:
-    parser = ScriptParser((ModelArguments, BenchmarkArguments), __doc__)
-    model_args, args = parser.to_dataclasses(parser.parse_flags())
+    model_args, args = ScriptParser((ModelArguments, BenchmarkArguments), __doc__).parse()
     if args.only == "weights":
         print(json.dumps(make_random_checkpoint(args.shape, args.layers, model_args.model_path)))
     elif args.only:

@@ -35,7 +35,7 @@ from finetuning.cli.arguments import ModelArguments, renamed_fields
 from finetuning.cli.commands import print_next_command
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import evaluate
-from finetuning.preprocessing.data import Data, read_data, read_training_data
+from finetuning.preprocessing.data import Data, read_training_data
 from finetuning.preprocessing.label_words import warn_about_labels
 from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
 from finetuning.preprocessing.templates import set_prompt_format
@@ -53,12 +53,7 @@ from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
 from finetuning.training.processes import shards_weights
 from finetuning.training.progress import ProgressLog
-from finetuning.training.report import (
-    describe_run,
-    print_first_row,
-    print_run,
-    write_report,
-)
+from finetuning.training.report import describe_run, print_first_row, print_run, write_report
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
@@ -162,33 +157,9 @@ def preprocess_function(
     ]
 
 
-def preprocess(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    thinking: str = "auto",
-    rename: dict[str, str] | None = None,
-    **options: Any,
-) -> Data:
-    """Read, check and tokenise data files, and print how many rows were kept, cut and dropped.
-
-    Args:
-        thinking: "off" leaves the thoughts of the rows out.
-        rename: what a field is called here, by what it is called in the files.
-        options: those of `make_dataset`.
-
-    Returns:
-        A dataset with the columns of `preprocess_function`, `length`, and `row_number`, counted from 1. A conversation
-        whose earlier turns the template rewrites gives one example for each answer.
-    """
-    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking, rename or {})
-    return read_data(path, tokenize_chunk, **options)
-
-
 def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
     """The rows to train on, and those to evaluate on, if there are any."""
-    data, training = args.data, args.training
-    rename = renamed_fields(data)
+    data, training, rename = args.data, args.training, renamed_fields(args.data)
     tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, data.max_length, data.thinking, rename)
     first_of_machine = training.local_process_index == 0
     return read_training_data(data, tokenize_chunk, training.seed, first_of_machine, training.should_save)

@@ -23,12 +23,12 @@ from finetuning.adapter.checkpoint_copy import (
     stored_dtype,
     unverified_folder,
 )
-from finetuning.adapter.flags import parse_merge_arguments
+from finetuning.adapter.flags import MergeArguments
 from finetuning.adapter.folder import load_adapter, read_adapter, use_trained_format
 from finetuning.adapter.gguf import GGUF, find_converter, write_gguf
 from finetuning.adapter.hub import create_repository, upload
 from finetuning.adapter.merging import check_can_merge, export_adapter, write_merged
-from finetuning.cli.arguments import ModelArguments, beside_scripts
+from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
 from finetuning.cli.console import fail, say
 from finetuning.generation.verification import choose_rows, compare, load_served, make_reference
 from finetuning.preprocessing.prompts import tokenize
@@ -36,7 +36,7 @@ from finetuning.preprocessing.served_template import choose_plain_start, write_m
 
 
 def main() -> None:
-    args = parse_merge_arguments(__doc__)
+    (args,) = ScriptParser((MergeArguments,), __doc__).parse()
     converter = find_converter(args.llama_cpp) if args.gguf else None
     adapter, info = read_adapter(args.adapter_path)
     check_can_merge(args.adapter_path, adapter, args.export)

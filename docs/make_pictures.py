@@ -26,14 +26,10 @@ def text(
 
 
 def rectangle(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1, radius: int = 3) -> str:
-    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}"'
-    return f'<rect {place} fill="{colour}" fill-opacity="{opacity:g}" stroke="{colour}"/>'
-
-
-def blank(x: float, y: float, width: float, height: float) -> str:
-    """A place with padding."""
-    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3"'
-    return f'<rect {place} fill="none" stroke="{GREY}" stroke-dasharray="3 2"/>'
+    """A rectangle; without a colour, a place with padding."""
+    look = f'fill="{colour}" fill-opacity="{opacity:g}" stroke="{colour}"'
+    look = look if colour else f'fill="none" stroke="{GREY}" stroke-dasharray="3 2"'
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" {look}/>'
 
 
 def box(x: float, y: float, width: float, height: float, title: str, words: str, colour: str) -> str:
@@ -127,7 +123,7 @@ def batch(chinese: bool) -> tuple[int, list[str]]:
     for number, ((prompt, answer), colour) in enumerate(zip(BATCH, colours, strict=True)):
         y = 12 + 36 * number
         drawn += cells(left, y, size, prompt, answer, colour)
-        drawn += [blank(left + size * n + 1.5, y, size - 3, size - 3) for n in range(prompt + answer, longest)]
+        drawn += [rectangle(left + size * n + 1.5, y, size - 3, size - 3, "") for n in range(prompt + answer, longest)]
         drawn += [mark(left + size * n, y - 3) for n in range(longest)]
     y, x = 150, left
     drawn += [text(1, y + 12, ours[0], 14, bold=True), text(1, y + 31, ours[1]), text(1, y + 49, ours[2])]
@@ -141,7 +137,7 @@ def batch(chinese: bool) -> tuple[int, list[str]]:
     y = 240
     drawn += [rectangle(left, y, 14, 14, BLUE, 0.3), text(left + 22, y + 12, legend[0])]
     drawn += [rectangle(left + 100, y, 14, 14, BLUE), text(left + 122, y + 12, legend[1])]
-    drawn += [blank(left + 250, y, 14, 14), text(left + 272, y + 12, legend[2])]
+    drawn += [rectangle(left + 250, y, 14, 14, ""), text(left + 272, y + 12, legend[2])]
     drawn += [f'<circle cx="{left + 371}" cy="{y + 7}" r="3" fill="{ORANGE}"/>', text(left + 382, y + 12, legend[3])]
     return 262, drawn
 

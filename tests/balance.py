@@ -6,11 +6,10 @@ Rows of lengths as in Alpaca (log-normal, mean 152 tokens), and those of data/tr
 """
 
 import numpy as np
-from support import REPOSITORY
+from support import REPOSITORY, preprocess
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from common import preprocess
 from finetuning.preprocessing.token_dataset import row_lengths
 
 GPUS, ROWS = 8, 8

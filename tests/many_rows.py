@@ -86,14 +86,17 @@ def tokenizer_alone(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    from common import load_tokenizer, preprocess
+    from common import load_tokenizer, preprocess_function
     from finetuning.cli.arguments import ModelArguments
+    from finetuning.preprocessing.data import read_data
     from finetuning.preprocessing.token_cache import TokenCache
+    from finetuning.preprocessing.token_dataset import ChunkTokenizer
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
+    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, 1024)
     cache = TokenCache(str(folder / "cache"), 100)
     workers = args.processes
-    return measure(lambda: preprocess(str(folder / "rows.json"), tokenizer, 1024, num_workers=workers, cache=cache))
+    return measure(lambda: read_data(str(folder / "rows.json"), tokenize_chunk, num_workers=workers, cache=cache))
 
 
 def main() -> None:

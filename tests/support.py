@@ -29,7 +29,9 @@ from transformers import (
 from common import preprocess_function
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli import console
+from finetuning.preprocessing.data import Data, read_data
 from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.token_dataset import ChunkTokenizer
 from finetuning.training.callbacks import StopOnSignal
 
 Run = Callable[..., str]
@@ -153,6 +155,11 @@ def make_soft(model_type: str = "qwen2", cls: type = SoftPromptModel) -> PeftMod
 
 def preprocess_row(row: dict[str, Any], tokenizer: Qwen2Tokenizer, max_length: int) -> dict[str, list[int]]:
     return preprocess_function([row], tokenizer, max_length)[0]
+
+
+def preprocess(path: str, tokenizer: Qwen2Tokenizer, max_length: int, thinking: str = "auto", **options: Any) -> Data:
+    """Data files as a run reads them."""
+    return read_data(path, ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking), **options)
 
 
 def make_rows(lengths: tuple[int, ...] = (9, 3, 14, 6), seed: int = 1) -> list[dict[str, list[int]]]:

@@ -13,13 +13,23 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
-from support import STEP, Run, StopAt, adapter_weights, equal_weights, make_model, make_tokenizer, save_checkpoint
+from support import (
+    STEP,
+    Run,
+    StopAt,
+    adapter_weights,
+    equal_weights,
+    make_model,
+    make_tokenizer,
+    preprocess,
+    save_checkpoint,
+)
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import inference
 import train_lora
 import train_prompt_tuning
-from common import load_model, load_tokenizer, preprocess, training_dtype
+from common import load_model, load_tokenizer, training_dtype
 from finetuning.adapter import hub
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments

@@ -10,15 +10,8 @@ from transformers import PreTrainedModel
 
 from finetuning.adapter.sharding import gathered, whole_shape
 
-SIZES = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES += ("intermediate_size", "vocab_size")
 # Two matrices are the same if their samples point the same way: 4-bit weights reach 0.99, unrelated ones rarely 0.5.
 SAME_MATRIX = 0.9
 

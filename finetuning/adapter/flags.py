@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetuning.adapter.checkpoint_copy import DTYPES
-from finetuning.cli.arguments import ScriptParser, beside_scripts, flag
+from finetuning.cli.arguments import beside_scripts, flag
 
 
 @dataclass
@@ -37,14 +37,3 @@ class MergeArguments:
             raise ValueError("--gguf True needs --llama_cpp, the folder of llama.cpp's source")
         if self.gguf and self.export == "peft":
             raise ValueError("--gguf True is for whole checkpoints: leave out --export peft")
-
-
-def parse_merge_arguments(description: str | None) -> MergeArguments:
-    """Parse the command line.
-
-    Raises:
-        SystemExit: code 2, for a flag or value that cannot be used.
-    """
-    parser = ScriptParser((MergeArguments,), description)
-    (args,) = parser.to_dataclasses(parser.parse_flags())
-    return args

@@ -33,12 +33,7 @@ from finetuning.preprocessing.served_template import PLAIN_RESPONSE, SOFT_TOKEN,
 from finetuning.preprocessing.templates import prompt_format
 
 # Fields of PEFT's LoRA configuration that make an adapter more than a change of the base model's own matrices.
-NOT_MERGED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "trainable_token_indices",
-)
+NOT_MERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication", "trainable_token_indices")
 HEAD = "lm_head.weight"
 VOCABULARY_MULTIPLE = 64  # the rows of an embedding; GPUs are slow at other sizes
 

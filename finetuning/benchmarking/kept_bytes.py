@@ -102,8 +102,7 @@ def per_token_and_layer(shape: str, method: str, checkpointing: bool = False, ca
 
 
 def main() -> None:
-    parser = ScriptParser((KeptBytesArguments,), __doc__)
-    (args,) = parser.to_dataclasses(parser.parse_flags())
+    (args,) = ScriptParser((KeptBytesArguments,), __doc__).parse()
     say(f"{args.shape}, float16: KiB kept for the backward pass, for each token and layer")
     for method, title in {"lora": "LoRA on q, k, v", "prompt_tuning": "prompt tuning"}.items():
         kept, checkpointed = (per_token_and_layer(args.shape, method, on) / KIB for on in (False, True))

@@ -168,8 +168,7 @@ def make_cards_table(cards: list[int], shapes: list[str], tokens: int) -> str:
 
 
 def main() -> None:
-    parser = ScriptParser((ScalingArguments,), __doc__)
-    (args,) = parser.to_dataclasses(parser.parse_flags())
+    (args,) = ScriptParser((ScalingArguments,), __doc__).parse()
     pages = find_pages(args.report, "memory")
     shapes = args.shapes.split(",")
     if args.cards:

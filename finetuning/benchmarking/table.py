@@ -95,13 +95,11 @@ def format_table(results: dict[str, dict[str, Any]], rate: float) -> str:
 
 def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
     """Draw bars of memory and speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here because the table needs none
 
     names = [ALL[name].title for name in results]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 1 + 0.5 * len(names)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 1 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = {"peak_gib": "peak memory, GiB", "tokens_per_second": "tokens / s"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         bars = axis.barh(names, [result[key] for result in results.values()])

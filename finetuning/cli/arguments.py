@@ -119,6 +119,14 @@ class ScriptParser(HfArgumentParser):
         except ValueError as error:
             fail(" ".join(str(error).split()))
 
+    def parse(self, argv: list[str] | None = None) -> tuple[Any, ...]:
+        """The dataclasses of a command line.
+
+        Raises:
+            SystemExit: code 2, for a flag or value that cannot be used.
+        """
+        return self.to_dataclasses(self.parse_flags(argv))
+
 
 @dataclass
 class ModelArguments:

@@ -12,9 +12,13 @@ from finetuning.cli.console import say
 
 
 def command_line() -> str:
-    """The command line as it may be published: without the token of `--hub_token`."""
-    line = shlex.join(["python", *sys.argv])
-    return re.sub(r"(--hub[_-]token)[ =]\S+", r"\1 ...", line)
+    """The command line as it may be published."""
+    return join(["python", *sys.argv])
+
+
+def join(words: list[str]) -> str:
+    """The words as a command line, without the token of `--hub_token`."""
+    return re.sub(r"(--hub[_-]token)[ =]\S+", r"\1 ...", shlex.join(words))
 
 
 def resume_command() -> str:
@@ -27,15 +31,11 @@ def resume_command() -> str:
         if flag in words:
             place = words.index(flag)
             del words[place : place + 2]
-    return shlex.join([*words, "--resume_from_checkpoint", "True"])
+    return join([*words, "--resume_from_checkpoint", "True"])
 
 
 def inference_command(output_dir: str) -> str:
     return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"
-
-
-def scoring_command(output_dir: str, data_path: str) -> str:
-    return f"{inference_command(output_dir)} --data_path {data_path}"
 
 
 def print_next_command(output_dir: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from io import TextIOBase, TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,16 +43,7 @@ def paint(text: str, code: int) -> str:
     return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
-def dim(text: str) -> str:
-    return paint(text, 2)
-
-
-def green(text: str) -> str:
-    return paint(text, 32)
-
-
-def cyan(text: str) -> str:
-    return paint(text, 36)
+dim, green, cyan = (partial(paint, code=code) for code in (2, 32, 36))
 
 
 def describe_duration(seconds: float) -> str:
@@ -68,8 +60,8 @@ def progress_bar(text: str, unit: str, total: int | None = None, done: int = 0, 
     """
     layout: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left"
-        layout = {"file": Lines(), "bar_format": line, "mininterval": 60, "delay": 60}
+        rest = " of {total_fmt} {unit}, {elapsed} so far, {remaining} left" if total else " {unit}, {elapsed} so far"
+        layout = {"file": Lines(), "bar_format": "{desc}: {n_fmt}" + rest, "mininterval": 60, "delay": 60}
     return tqdm(desc=text, unit=unit, total=total, initial=done, disable=disable, **layout)
 
 

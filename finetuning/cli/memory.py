@@ -105,7 +105,9 @@ def memory_advice(device: torch.device, remedies: Iterable[str], place: str = ""
         if not is_out_of_memory(error):
             raise
         asked = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error))
-        more = f" and {' '.join(asked.groups())} more were needed" if asked else ""
+        size, unit = asked.groups() if asked else ("", "")
+        size, unit = (f"{int(size) / GIB:.2f}", "GiB") if unit == "bytes" else (size, unit)  # bytes: on a CPU
+        more = f" and {size} {unit} more were needed" if asked else ""
         others = ""
         with suppress(RuntimeError):  # a GPU that is full may not even answer this
             others = f", of which other programs hold {memory_of_others(device) / GIB:.1f}"

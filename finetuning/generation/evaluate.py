@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from finetuning.adapter.folder import METRICS
-from finetuning.cli.commands import scoring_command
+from finetuning.cli.commands import inference_command
 from finetuning.cli.console import green, progress_bar, say, warn
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.generate import (
@@ -106,7 +106,7 @@ def evaluate(
     if not rows and not count:
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
-    command = scoring_command(output_dir, rows.path if rows else args.data_path)
+    command = f"{inference_command(output_dir)} --data_path {rows.path if rows else args.data_path}"
     if divided:
         say(f"no answers, as the model is divided; for them: {command}")
         return ""

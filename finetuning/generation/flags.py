@@ -55,17 +55,15 @@ class InferenceArguments:
         for name in ("instruction", "input"):
             if any("\ud800" <= character <= "\udfff" for character in getattr(self, name) or ""):
                 raise ValueError(f"--{name} has bytes that are not UTF-8; type it again, or use a --data_path")
-        if self.output_file and not self.data_path:
-            raise ValueError("--output_file needs --data_path, the rows to answer")
-        if self.report and not self.data_path:
-            raise ValueError("--report needs --data_path, the rows to answer")
+        for name in ("output_file", "report"):
+            if getattr(self, name) and not self.data_path:
+                raise ValueError(f"--{name} needs --data_path, the rows to answer")
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.interactive and self.show_prompt:
-            raise ValueError("--show_prompt does not work with --interactive: give an --instruction or a --data_path")
-        if self.interactive and self.labels:
-            raise ValueError("--labels does not work with --interactive: give an --instruction or a --data_path")
+        for name in ("show_prompt", "labels"):
+            if getattr(self, name) and self.interactive:
+                raise ValueError(f"--{name} does not work with --interactive: give an --instruction or a --data_path")
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
             raise ValueError("--temperature and --top_p are for sampling: add --do_sample True")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -94,7 +92,7 @@ def parse_inference_arguments(
     """
     parser = ScriptParser((ModelArguments, InferenceArguments), description)
     parser.set_defaults(model_path=None, load_in_4bit=None)
-    model_args, args = parser.to_dataclasses(parser.parse_flags(argv))
+    model_args, args = parser.parse(argv)
     output = Path(args.output_file or "")
     files = [output, output.with_suffix(f".{METRICS}"), output.with_suffix(f".{CONFUSION}")] if args.output_file else []
     for file in files:

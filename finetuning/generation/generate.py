@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.adapter.soft_prompts import SoftPromptModel

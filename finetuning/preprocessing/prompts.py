@@ -25,18 +25,13 @@ def to_messages(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for question, answer in row.get("history") or []:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    messages.append({"role": "user", "content": join_input(row["instruction"], row.get("input") or "", tokenizer)})
+    separator = "\nInput: " if prompt_format(tokenizer) == "plain" else "\n"
+    content = separator.join([row["instruction"], row["input"]] if row.get("input") else [row["instruction"]])
+    messages.append({"role": "user", "content": content})
     if "output" in row:
         thought = {"reasoning_content": row["reasoning_content"]} if row.get("reasoning_content") else {}
         messages.append({"role": "assistant", "content": row["output"]} | thought)
     return messages
-
-
-def join_input(instruction: str, input_text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The content of the user turn for a row's instruction and input."""
-    if not input_text:
-        return instruction
-    return instruction + ("\nInput: " if prompt_format(tokenizer) == "plain" else "\n") + input_text
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

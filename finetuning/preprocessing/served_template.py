@@ -7,7 +7,7 @@ apart into what it writes before and after each message.
 
 import json
 import re
-from typing import Any
+from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
@@ -109,19 +109,12 @@ def write_modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, greedy: bo
     pieces = take_apart(tokenizer)
     if pieces is None:
         return None
-    words = {name: "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for name, text in pieces.items() if text}
-    template = (
-        f"{{{{- if not .System }}}}{words.get('no system', '')}{{{{ end }}}}\n"
-        "{{- range .Messages }}\n"
-        f'{{{{- if eq .Role "system" }}}}{words.get("before system", "")}{{{{ .Content }}}}'
-        f"{words.get('after system', '')}\n"
-        f'{{{{- else if eq .Role "user" }}}}{words.get("before user", "")}{{{{ .Content }}}}'
-        f"{words.get('after user', '')}\n"
-        f'{{{{- else if eq .Role "assistant" }}}}{words.get("before assistant", "")}{{{{ .Content }}}}'
-        f"{words.get('after assistant', '')}\n"
-        "{{- end }}\n"
-        f"{{{{- end }}}}{words.get('end', '')}"
-    )
+    words = {name: text and "{{ " + json.dumps(text, ensure_ascii=False) + " }}" for name, text in pieces.items()}
+    template = "{{- if not .System }}" + words["no system"] + "{{ end }}\n{{- range .Messages }}\n"
+    for condition, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")):
+        message = words[f"before {role}"] + "{{ .Content }}" + words[f"after {role}"]
+        template += f'{{{{- {condition} eq .Role "{role}" }}}}{message}\n'
+    template += "{{- end }}\n{{- end }}" + words["end"]
     lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER stop {token}" for token in stop_tokens(tokenizer)]
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"] if greedy else []
@@ -147,7 +140,7 @@ def take_apart(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     _, to_answer, to_question, _ = parts("user", "assistant", "user")
     before_system, from_system, _ = parts("system", "user")
     before_user = common_end(beginning, to_question, from_system)
-    after_user = common_start(after_question, to_answer)
+    after_user = commonprefix([after_question, to_answer])
     pieces = {
         "no system": beginning.removesuffix(before_user),
         "before system": before_system,
@@ -170,13 +163,6 @@ def take_apart(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     return pieces
 
 
-def common_start(*texts: str) -> str:
-    """The longest beginning that the texts share."""
-    letters: list[Any] = list(zip(*texts, strict=False))
-    length = next((place for place, row in enumerate(letters) if len(set(row)) > 1), len(letters))
-    return texts[0][:length]
-
-
 def common_end(*texts: str) -> str:
     """The longest end that the texts share."""
-    return common_start(*(text[::-1] for text in texts))[::-1]
+    return commonprefix([text[::-1] for text in texts])[::-1]

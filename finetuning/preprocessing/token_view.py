@@ -1,6 +1,7 @@
 """Rows and prompts for people: their text, their tokens, and what is learnt."""
 
 import sys
+from itertools import groupby
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,11 @@ LONGEST_CHARACTER = 4  # bytes of UTF-8, each of which may be a token
 
 def split_parts(labels: list[int]) -> list[tuple[int, int, bool]]:
     """Begin, end, and whether it is learnt, of each run of tokens that are all learnt or all not."""
-    parts = []
-    start = 0
-    for end in range(1, len(labels) + 1):
-        learnt = labels[start] != IGNORE_INDEX
-        if end == len(labels) or (labels[end] != IGNORE_INDEX) != learnt:
-            parts.append((start, end, learnt))
-            start = end
+    parts, start = [], 0
+    for learnt, tokens in groupby(labels, lambda label: label != IGNORE_INDEX):
+        end = start + len(list(tokens))
+        parts.append((start, end, learnt))
+        start = end
     return parts
 
 

@@ -3,14 +3,13 @@
 import copy
 import math
 import tempfile
-import time
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import release_memory
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from finetuning.adapter.fingerprint import quantization
 from finetuning.cli.console import describe_duration, say
@@ -27,34 +26,12 @@ from finetuning.cli.memory import (
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.preprocessing.token_dataset import row_lengths
 from finetuning.training.flags import Arguments, memory_flags
+from finetuning.training.rehearsal import take_pass
 from finetuning.training.trainer import make_trainer
 
 BYTES_IN_4BIT = 0.55  # of a weight, with its share of the scales and of the one matrix that is in half precision
 FEWEST_TOKENS = 16  # to measure on
 UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
-
-
-class StepMeter(TrainerCallback):
-    """Records each step's starting memory, peak memory and duration."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before: list[int] = []
-        self.peaks: list[int] = []
-        self.reserved: list[int] = []
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        reset_peak_memory(self.device)
-        self.before.append(used_memory(self.device))
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.start)
-        self.peaks.append(peak_memory(self.device))
-        self.reserved.append(peak_reserved(self.device))
 
 
 class Measurement(NamedTuple):
@@ -163,37 +140,69 @@ def bytes_saved_in_4bit(model: PeftModel) -> int:
 def measure(
     model: PeftModel, pad_token_id: int, rows: list[dict[str, Any]], training_args: TrainingArguments
 ) -> Measurement:
-    """Take steps on the rows or, if memory runs out, on half of them, and so on.
+    """Take steps on the rows, in a run that has no others and writes nothing."""
+    args = copy.copy(training_args)
+    args.num_train_epochs, args.max_steps = 0, -1
+    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.report_to, args.load_best_model_at_end = [], False
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        trainer = make_trainer(model, pad_token_id, args, Dataset.from_list(rows))
+        meter = Meter(trainer, rows)
+        trainer.add_callback(meter)
+        trainer.train()
+    return meter.measurement
 
-    The parts are differences: a step that learns only one token of each row needs everything but the other logits.
+
+class Meter(TrainerCallback):
+    """Takes steps on the rows, before those of a run, or on half of them if memory runs out, and so on."""
+
+    def __init__(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
+        self.trainer = trainer
+        self.rows = rows
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        before = used_memory(args.device)
+        while True:
+            try:
+                self.measurement = take_steps(self.trainer, self.rows, before)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)  # and not the error itself, which holds on to the step's tensors
+            self.trainer.model.zero_grad()
+            release_memory()
+            if count_tokens(self.rows) < FEWEST_TOKENS or used_memory(args.device) > before + UNRETURNED:
+                raise MemoryError(reason)
+            self.rows = halve(self.rows)
+
+
+def take_steps(trainer: Trainer, rows: list[dict[str, Any]], before: int) -> Measurement:
+    """Measure the parts: differences, as a step that learns one token of each row needs all but the other logits.
+
+    Args:
+        before: bytes in use before the first step.
     """
-    device = training_args.device
-    before = used_memory(device)
-    while True:
-        one = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
-        meter = StepMeter(device)
-        try:
-            optimizer = take_steps(model, pad_token_id, [one, one, rows, rows], training_args, meter)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error)  # and not the error itself, which holds on to the step's tensors
-        model.zero_grad()
-        release_memory()
-        if count_tokens(rows) < FEWEST_TOKENS or used_memory(device) > before + UNRETURNED:
-            raise MemoryError(reason)
-        rows = halve(rows)
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    training = gradients + sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    device, peaks, reserved = trainer.args.device, [], []
+    one = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
+    for batch in (one, one, rows, rows):
+        reset_peak_memory(device)
+        seconds = take_pass(trainer, batch)
+        trainer.optimizer.step()
+        peaks.append(peak_memory(device))
+        reserved.append(peak_reserved(device))
+        trainer.model.zero_grad()
+    training = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
+    training += sum(tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values())
     return Measurement(
         tokens=count_tokens(rows),
-        before=meter.before[0],
+        before=before,
         training=training,
-        activations=max(0, meter.peaks[1] - meter.before[0] - training),
-        logits=max(0, max(meter.peaks) - meter.peaks[1]),
-        kept=max(meter.reserved) - max(meter.peaks),
-        seconds=min(meter.seconds[2:]),
+        activations=max(0, peaks[1] - before - training),
+        logits=max(0, max(peaks) - peaks[1]),
+        kept=max(reserved) - max(peaks),
+        seconds=seconds,
     )
 
 
@@ -208,37 +217,10 @@ def count_tokens(rows: list[dict[str, Any]]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
 
 
-def take_steps(
-    model: PeftModel,
-    pad_token_id: int,
-    batches: list[list[dict[str, Any]]],
-    training_args: TrainingArguments,
-    meter: StepMeter,
-) -> torch.optim.Optimizer:
-    """Train on the batches, with nothing logged, saved or evaluated; returns the optimizer, whose states count too."""
-    args = copy.copy(training_args)
-    args.per_device_train_batch_size, args.gradient_accumulation_steps = len(batches[0]), 1
-    args.max_steps, args.train_sampling_strategy = len(batches), "sequential"
-    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
-    args.report_to, args.load_best_model_at_end = [], False
-    args.logging_first_step = False
-    with tempfile.TemporaryDirectory() as folder:
-        args.output_dir = folder
-        dataset = Dataset.from_list([row for batch in batches for row in batch])
-        trainer = make_trainer(model, pad_token_id, args, dataset, callbacks=(meter,))
-        trainer.train()
-    return trainer.optimizer
-
-
 def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_token: float) -> None:
-    """Print the steps of the run and an estimate of its time.
-
-    Args:
-        lengths: of the training rows, in tokens.
-    """
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps_per_epoch = math.ceil(len(lengths) / rows_per_step)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
-    tokens_per_step = min(rows_per_step, len(lengths)) / args.world_size * sum(lengths) / len(lengths)
-    duration = describe_duration(steps * tokens_per_step * seconds_per_token)
-    say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows_per_step} rows, about {duration}")
+    """Print the steps of the run and an estimate of its time, from the lengths of its rows in tokens."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(lengths) / rows) * args.num_train_epochs)
+    tokens = min(rows, len(lengths)) * sum(lengths) / len(lengths)  # of a step
+    duration = describe_duration(steps * tokens * seconds_per_token)
+    say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows} rows, about {duration}")

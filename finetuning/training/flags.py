@@ -138,22 +138,20 @@ def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
     Args:
         longest: row of the data in tokens, if it is known.
     """
-    batch, accumulation = args.training.per_device_train_batch_size, args.training.gradient_accumulation_steps
+    training, checkpointing = args.training, args.training.gradient_checkpointing
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     one_row = []
     if batch > 1:
         one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
-    if args.data.has_eval_rows() and args.training.per_device_eval_batch_size > 1:
+    if args.data.has_eval_rows() and training.per_device_eval_batch_size > 1:
         one_row.append("--per_device_eval_batch_size 1")
+    offloads = (training.gradient_checkpointing_kwargs or {}).get("offload")
+    can_offload = checkpointing and training.device.type == "cuda" and not offloads
     flags = {
-        "checkpointing": "" if args.training.gradient_checkpointing else "--gradient_checkpointing True",
-        "offload": OFFLOAD if can_offload(args.training) else "",
+        "checkpointing": "" if checkpointing else "--gradient_checkpointing True",
+        "offload": OFFLOAD if can_offload else "",
         "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
         "one row": " ".join(one_row),
         "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
     }
     return {name: flag for name, flag in flags.items() if flag}
-
-
-def can_offload(args: TrainingArguments) -> bool:
-    used = (args.gradient_checkpointing_kwargs or {}).get("offload")
-    return args.gradient_checkpointing and args.device.type == "cuda" and not used

@@ -6,7 +6,7 @@ before it starts. Nothing of it stays: no gradient, no loss, no random number th
 
 import time
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,20 @@ class Rehearsal(NamedTuple):
     longest: int  # row, in tokens
     peak: int  # bytes: the most memory that the run will need
     seconds: float  # of a step
+
+
+def take_pass(trainer: Trainer, rows: list[dict[str, Any]]) -> float:
+    """The forward and the backward pass of a batch, which leave their gradients; returns the seconds they took.
+
+    Args:
+        trainer: in its training.
+    """
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+    begin = time.perf_counter()
+    trainer.training_step(trainer.model_wrapped, batch, count)
+    if trainer.args.device.type != "cpu":
+        torch.accelerator.synchronize(trainer.args.device)
+    return time.perf_counter() - begin
 
 
 def rehearse(trainer: Trainer, args: Arguments) -> Rehearsal | None:
@@ -53,13 +67,8 @@ def rehearse(trainer: Trainer, args: Arguments) -> Rehearsal | None:
     advice = nullcontext() if training.auto_find_batch_size else memory_advice(device, remedies, place)
     with advice, torch.random.fork_rng([device] if device.type == "cuda" else []):
         for rows in (longest, usual):
-            batches = iter([trainer.data_collator([trainer.train_dataset[int(row)] for row in rows])])
-            (batch,), count = trainer.get_batch_samples(batches, 1, device)
-            begin = time.perf_counter()
-            trainer.training_step(trainer.model_wrapped, batch, count)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            seconds = (time.perf_counter() - begin) * lengths.mean() / lengths[rows].mean()
+            seconds = take_pass(trainer, [trainer.train_dataset[int(row)] for row in rows])
+            seconds *= lengths.mean() / lengths[rows].mean()
             trainer.model.zero_grad()
     trainer.not_finite_guard.forwards.clear()
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)

@@ -32,23 +32,8 @@ LOGGED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm")  # what th
 # Fields of adapter_info.json that the report repeats, so that it can be read alone.
 REPEATED = ("base_model", "quantization", "prompt_format", "thinking", "command", "versions")
 # Fields of TrainingArguments that say how an adapter was trained.
-SETTINGS = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "gradient_checkpointing",
-    "fp16",
-    "bf16",
-    "seed",
-)
+SETTINGS = "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size"
+SETTINGS += " lr_scheduler_type warmup_steps optim weight_decay max_grad_norm gradient_checkpointing fp16 bf16 seed"
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,7 +107,7 @@ def describe_run(
     settings = {"model_path": args.model.model_path} | vars(args.method)
     if config.peft_type == PeftType.PROMPT_TUNING:
         settings["num_virtual_tokens"] = config.num_virtual_tokens  # also if the text gave it
-    settings |= {name: getattr(args.training, name) for name in SETTINGS}
+    settings |= {name: getattr(args.training, name) for name in SETTINGS.split()}
     settings |= {"max_length": args.data.max_length}
     counts = {name: getattr(summary, name) for name in ("rows", "whole", "cut", "dropped", "examples")}
     evaluated = {"eval_split": args.data.eval_split} if args.data.eval_split else {"path": args.data.eval_data_path}

@@ -9,14 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetuning.adapter.soft_prompts import SoftPromptModel

@@ -16,10 +16,9 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
-from support import make_tokenizer
+from support import make_tokenizer, preprocess
 
 import inference
-from common import preprocess
 from finetuning.preprocessing import files, json_rows
 from finetuning.preprocessing.files import find_files, hash_files, read_file
 from finetuning.preprocessing.rows import load_rows

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import THINKING, make_tokenizer
+from support import THINKING, make_tokenizer, preprocess
 
-from common import preprocess
 from finetuning.preprocessing.prompts import IGNORE_INDEX
 from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.templates import set_prompt_format

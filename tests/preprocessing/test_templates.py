@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer, preprocess_row
+from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer, preprocess, preprocess_row
 
-from common import preprocess
 from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, split_turns
 from finetuning.preprocessing.rows import question
 from finetuning.preprocessing.summary import Summary

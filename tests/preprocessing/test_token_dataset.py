@@ -15,9 +15,9 @@ import psutil
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from support import REPOSITORY, THINKING, make_tokenizer
+from support import REPOSITORY, THINKING, make_tokenizer, preprocess
 
-from common import preprocess, preprocess_function
+from common import preprocess_function
 from finetuning.preprocessing import token_cache, token_dataset
 from finetuning.preprocessing.label_words import AnswerCounts, find_labels
 from finetuning.preprocessing.summary import Summary

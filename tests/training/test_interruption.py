@@ -101,7 +101,7 @@ def test_an_interrupt_before_training_has_no_traceback() -> None:
     script = (
         "import _thread, time, train_lora\n"
         "train_lora.load_tokenizer = lambda *args: _thread.interrupt_main()\n"
-        "train_lora.preprocess = lambda *args: time.sleep(9)\n"
+        "train_lora.load_data = lambda *args: time.sleep(9)\n"
         "train_lora.main()"
     )
     command = [sys.executable, "-c", script, "--dry_run", "True"]

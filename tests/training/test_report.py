@@ -19,7 +19,9 @@ from support import STEP, Run, StopAt, make_model, make_tokenizer, save_checkpoi
 import inference
 import train_lora
 import train_prompt_tuning
-from finetuning.adapter.flags import parse_merge_arguments
+from finetuning.adapter.flags import MergeArguments
+from finetuning.cli.arguments import ScriptParser
+from finetuning.cli.commands import resume_command
 from finetuning.generation.generate import make_generation_config
 from finetuning.training import report
 from finetuning.training.loss_curve import draw_losses
@@ -125,7 +127,7 @@ def test_card_is_true(
     assert made == flags
     run_main(inference, *asked, "--max_new_tokens", 2)
     monkeypatch.setattr("sys.argv", ["merge_adapter.py", *merged])
-    assert parse_merge_arguments(None).adapter_path == str(folder)
+    assert ScriptParser((MergeArguments,), None).parse()[0].adapter_path == str(folder)
     [code] = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)
     exec(code, {})
     beginning = "Instruction: 翻译" if format_name == "plain" else "<|im_start|>user\n翻译"
@@ -150,6 +152,7 @@ def test_no_token_is_published(run: Run, flags: list[str], tmp_path: Path) -> No
         for path in (tmp_path / "out").iterdir():
             assert b"hf_secret" not in path.read_bytes(), path.name
         assert "--hub_token ... --overwrite_output_dir True" in read_report(tmp_path / "out")["command"]
+        assert resume_command().endswith("--hub_token ... --resume_from_checkpoint True")
 
 
 @pytest.mark.parametrize("broken", ["draw_losses", "make_model_card", "REPEATED"])

@@ -1,0 +1,19 @@
+"""console.py: what stands in a log file."""
+
+import re
+
+import pytest
+
+from finetuning.cli import console
+
+
+@pytest.mark.parametrize("total", [500, None])
+def test_lines_of_a_progress_bar(total: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are read as they come have no known number, and no time that is left."""
+    lines: list[str] = []
+    monkeypatch.setattr(console.Lines, "write", lambda self, text: lines.append(text))
+    with console.progress_bar("reading", "rows", total) as bar:
+        bar.update(200)
+        bar.refresh()
+    pattern = r"reading: 200 of 500 rows, 00:00 so far, 00:00 left" if total else r"reading: 200 rows, 00:00 so far"
+    assert any(re.fullmatch(pattern, line.strip()) for line in lines), lines
