@@ -61,6 +61,17 @@ def test_plan_names_the_logits(run_main: Run, tmp_path: Path) -> None:
         assert 0.1 < plan["logits"] < 0.4
 
 
+def test_gradients_and_the_states_of_the_optimizer_count(
+    run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 bytes for each trained weight: its gradient and the two numbers of AdamW."""
+    measured, original = [], dry_run.take_steps
+    monkeypatch.setattr(dry_run, "take_steps", lambda *args: measured.append(original(*args)) or measured[-1])
+    printed = run_main(train_lora, *plan_flags)
+    trained = int(re.search(r"^trainable +([\d,]+)", printed, re.M)[1].replace(",", ""))
+    assert 12 * trained <= measured[0].training < 12.5 * trained
+
+
 CHECKPOINTING, IN_4BIT, ONE_ROW, HALF = (
     "--gradient_checkpointing True",
     "--load_in_4bit True",
