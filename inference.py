@@ -85,8 +85,8 @@ def describe_settings(model_args: ModelArguments, args: InferenceArguments, rows
     """Everything that the predictions for a data file depend on."""
     names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
     settings = {"model_path": model_args.model_path, "load_in_4bit": model_args.load_in_4bit}
-    settings |= {"data_sha256": rows.sha256} | {name: getattr(args, name) for name in names}
-    settings |= {"fields": renamed_fields(args)}
+    settings |= {"data_sha256": rows.sha256, "fields": renamed_fields(args)}
+    settings |= {name: getattr(args, name) for name in names}
     if args.adapter_path:
         settings["adapter_sha256"] = hashlib.sha256(Path(args.adapter_path, WEIGHTS).read_bytes()).hexdigest()
     return settings

@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("finetuning/generation/answer_page.py", ', errors="replace")', ")", "test_answer_page"),
     Mutant("finetuning/generation/answer_page.py", "autojunk=False", "autojunk=True", "test_answer_page"),
     Mutant("finetuning/generation/confusion_matrix.py", "if any(counts[-1] for counts in matrix):", "if False:", "test_metrics picture"),
-    Mutant("finetuning/generation/metrics.py", "attempt(picture.name, lambda: draw_confusion(", "(lambda name, write: write())(picture.name, lambda: draw_confusion(", "test_metrics picture"),
+    Mutant("finetuning/generation/metrics.py", "with attempt(picture.name):", "if True:", "test_metrics picture"),
     # prompts and labels
     Mutant("finetuning/preprocessing/prompts.py", "split_special_tokens=True", "split_special_tokens=False", "test_prompts"),
     Mutant("finetuning/preprocessing/templates.py", "return special_tokens(tokenizer).sub(", "return text or special_tokens(tokenizer).sub(", "test_prompts"),

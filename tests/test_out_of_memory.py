@@ -170,19 +170,34 @@ def test_in_a_benchmark(run_main: Run, base_path: str, monkeypatch: pytest.Monke
     assert advice(message, benchmark) == ["--sequence_length 50"]
 
 
+# A script that may take only so many MB more once it calls a function of common.py.
+LIMITED = """
+import resource, psutil, {script}, common
+original = common.{function}
+def limited(*args, **kwargs):
+    limit = psutil.Process().memory_info().vms + {megabytes} * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return original(*args, **kwargs)
+common.{function} = limited
+{script}.main()
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_memory_really_runs_out_while_loading(tmp_path: Path) -> None:
-    """In a process that may take only 20 MB more: the weights cannot even be mapped."""
+    """The weights cannot even be mapped."""
     path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(intermediate_size=200_000))
-    script = (
-        "import resource, psutil, inference, common\n"
-        "original = common.AutoModelForCausalLM.from_pretrained\n"
-        "def limited(*args, **kwargs):\n"
-        "    limit = psutil.Process().memory_info().vms + 20 * 2**20\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "    return original(*args, **kwargs)\n"
-        "common.AutoModelForCausalLM.from_pretrained = limited\n"
-        "inference.main()\n"
-    )
+    script = LIMITED.format(script="inference", function="AutoModelForCausalLM.from_pretrained", megabytes=20)
     message = run_script(script, "--model_path", path, "--instruction", "a")
     assert message.startswith("error: out of memory while loading the model: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_really_runs_out_in_training(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(intermediate_size=20_000))
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"instruction": "a", "output": "' + "b" * 4000 + '"}]', encoding="utf-8")
+    words = f"--model_path {path} --data_path {rows} --output_dir {tmp_path}/out --max_length 5000"
+    script = LIMITED.format(script="train_lora", function="make_trainer", megabytes=150)
+    assert "out of memory on the longest rows (1: up to 4," in run_script(script, *words.split())
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import TextIOBase, TextIOWrapper
 from pathlib import Path
@@ -79,10 +80,11 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", sys.stderr)
 
 
-def attempt(name: str, write: Callable[[], None]) -> None:
-    """Call `write`. What is worth most is saved before: no trouble with a file beside it may end the run."""
+@contextmanager
+def attempt(name: str) -> Iterator[None]:
+    """Write a file inside the context. All else is saved: no trouble with it may end the run."""
     try:
-        write()
+        yield
     except Exception as error:
         warn(f"{name} could not be written; all else is saved: {type(error).__name__}: {error}")
 

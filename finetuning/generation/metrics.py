@@ -58,7 +58,8 @@ def report(
         file.write_text(json.dumps(head, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         picture = file.with_name(file.name.removesuffix(METRICS) + CONFUSION)
         if find_spec("matplotlib"):
-            attempt(picture.name, lambda: draw_confusion(head.get("scores", {}), picture))
+            with attempt(picture.name):
+                draw_confusion(head.get("scores", {}), picture)
     return table
 
 

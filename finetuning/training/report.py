@@ -138,26 +138,19 @@ def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
         scores: on the evaluation rows, as Markdown; "" if there are none.
     """
     folder = Path(output_dir)
-
-    def write_json() -> None:
+    with attempt(REPORT):
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         repeated = {name: info[name] for name in REPEATED}
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else None
         report = repeated | run | {"metrics": metrics}
         text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False, default=str)
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-
-    def draw_picture() -> None:
-        if find_spec("matplotlib"):
+    if find_spec("matplotlib"):
+        with attempt(CURVE):
             draw_losses(run["history"], folder / CURVE)
-        else:
-            warn(f"no {CURVE} without matplotlib: pip install matplotlib")
-
-    def write_card() -> None:
+    else:
+        warn(f"no {CURVE} without matplotlib: pip install matplotlib")
+    with attempt(CARD):
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         card = make_model_card(report, output_dir, scores, CURVE if (folder / CURVE).is_file() else None)
         (folder / CARD).write_text(card, encoding="utf-8")
-
-    attempt(REPORT, write_json)
-    attempt(CURVE, draw_picture)
-    attempt(CARD, write_card)
