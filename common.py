@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetuning.cli.console import fail  # before peft, whose import is noisy
+from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
 # isort: split
 import torch
@@ -32,7 +32,7 @@ from finetuning.adapter.fingerprint import quantization
 from finetuning.adapter.folder import adapter_state, describe_adapter, save_adapter
 from finetuning.adapter.hub import create_repository, upload
 from finetuning.cli.arguments import ModelArguments, renamed_fields
-from finetuning.cli.commands import print_next_command
+from finetuning.cli.commands import inference_command
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import evaluate
 from finetuning.preprocessing.data import Data, read_training_data
@@ -200,7 +200,7 @@ def train(
             write_report(run, scores, output_dir)
     if args.training.push_to_hub and args.training.should_save:
         upload(output_dir, args.training.hub_model_id, args.training.hub_token)
-    print_next_command(output_dir)
+    say(f'\nTry it:\n{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
 
 
 def train_and_save(

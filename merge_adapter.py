@@ -30,8 +30,9 @@ from finetuning.adapter.hub import create_repository, upload
 from finetuning.adapter.merging import check_can_merge, export_adapter, write_merged
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
 from finetuning.cli.console import fail, say
-from finetuning.generation.verification import choose_rows, compare, load_served, make_reference
+from finetuning.generation.verification import compare, load_served, make_reference
 from finetuning.preprocessing.prompts import tokenize
+from finetuning.preprocessing.rows import load_rows
 from finetuning.preprocessing.served_template import choose_plain_start, write_modelfile
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     check_not_quantised(folder)
     dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(folder)
     check_output(args.output_dir, result_size(folder, dtype) * (2 if args.gguf else 1))
-    rows = choose_rows(args.check_data_path, args.check_rows)
+    rows = load_rows(args.check_data_path, output_required=False)
+    rows = rows[:: max(1, len(rows) // args.check_rows)][: args.check_rows]
     repository = create_repository(args.hub_model_id, args.output_dir) if args.push_to_hub else None
 
     base = ModelArguments(path, False, args.trust_remote_code)

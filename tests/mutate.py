@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant("finetuning/training/report.py", "history.setdefault(entry[\"step\"], {\"step\": entry[\"step\"]})", "history.setdefault(len(history), {\"step\": entry[\"step\"]})", "test_report that_of_the_run"),
     Mutant("finetuning/training/report.py", "int(Path(checkpoint).name.split(\"-\")[1]) if checkpoint else 0", "0", "test_report resumed"),
     Mutant("finetuning/cli/console.py", "    except Exception as error:\n", "    except ZeroDivisionError as error:\n", "test_report outlives"),
-    Mutant("finetuning/training/report.py", '        if find_spec("matplotlib"):\n', "        if True:\n", "test_report matplotlib"),
+    Mutant("finetuning/training/report.py", '    if find_spec("matplotlib"):\n', "    if True:\n", "test_report matplotlib"),
     Mutant("finetuning/training/checkpoints.py", "for name in (METRICS, CONFUSION, REPORT, CURVE):", "for name in (METRICS,):", "test_report outlives"),
     Mutant("finetuning/training/loss_curve.py", 'with style.context("default"):', "if True:", "test_report picture"),
     Mutant("finetuning/adapter/model_card.py", "base_model=base if on_hub else None", "base_model=base", "test_report card"),
@@ -79,6 +79,7 @@ MUTANTS = [
     Mutant("finetuning/generation/answer_page.py", ', errors="replace")', ")", "test_answer_page"),
     Mutant("finetuning/generation/answer_page.py", "autojunk=False", "autojunk=True", "test_answer_page"),
     Mutant("finetuning/generation/confusion_matrix.py", "if any(counts[-1] for counts in matrix):", "if False:", "test_metrics picture"),
+    Mutant("finetuning/generation/metrics.py", 'sum(2 if east_asian_width(letter) in "FW" else 1 for letter in cell)', "len(cell)", "test_metrics line_up"),
     Mutant("finetuning/generation/metrics.py", "with attempt(picture.name):", "if True:", "test_metrics picture"),
     # prompts and labels
     Mutant("finetuning/preprocessing/prompts.py", "split_special_tokens=True", "split_special_tokens=False", "test_prompts"),

@@ -75,7 +75,7 @@ def test_batches_answer_as_single_rows(run: Run, adapter_path: str, rows_path: s
         flags = ["--adapter_path", adapter_path, "--data_path", rows_path, "--output_file", file]
         printed = run(*flags, "--batch_size", batch_size)
         outputs.append([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
-        assert "| rows | 12 |" in printed
+        assert "| rows |   12 |" in printed
     rows = json.loads(Path(rows_path).read_text(encoding="utf-8"))
     assert [{name: row[name] for name in rows[0]} for row in outputs[0]] == rows  # in the file's order
     assert outputs[0] == outputs[1] == outputs[2]
@@ -352,7 +352,7 @@ def test_thoughts(
     shown = capsys.readouterr()
     assert shown.out == "ok\n" and "thought: hm\n" in shown.err
     file = tmp_path / "answers.jsonl"
-    assert "| rows | 2 | 100.0% |" in run(*flags, "--data_path", rows, "--output_file", file)
+    assert "| rows |    2 |      100.0% |" in run(*flags, "--data_path", rows, "--output_file", file)
     answer = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
     assert (answer["prediction"], answer["thought"]) == ("ok", "hm")
     labels = [*flags, "--instruction", "Go", "--labels", "ok,no"]

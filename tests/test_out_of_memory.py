@@ -122,7 +122,7 @@ def test_in_the_metrics_at_the_end(
     (command,) = advice(message, inference)
     assert command == f"python inference.py --adapter_path {tmp_path}/out --data_path {rows_path} --batch_size 1"
     monkeypatch.undo()
-    assert "| rows | 12 |" in run_main(inference, *command.split()[2:], "--max_new_tokens", 8)
+    assert "| rows |   12 |" in run_main(inference, *command.split()[2:], "--max_new_tokens", 8)
 
 
 BATCHES, IN_4BIT, SHORTER = "--batch_size 4", "--load_in_4bit True", "--max_new_tokens 128"

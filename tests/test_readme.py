@@ -302,7 +302,7 @@ def test_first_command(workplace: Path) -> None:
 ANSWERS = {
     "早安": "Good morning\n",
     "--output_file": "240 rows answered, 0 of the answers cut",
-    "--tasks sentiment": "| sentiment | 44 | 100.0% |",
+    "--tasks sentiment": "| sentiment |   44 |      100.0% |",
     "--labels 正面": "正面\t0.9",
     "--interactive": "Instruction: \n",
 }
@@ -337,7 +337,7 @@ def test_next_command(workplace: Path, answers: dict[str, str]) -> None:
 
 def read_scores(printed: str) -> dict[str, tuple[int, float, float]]:
     """Rows, exact match and chrF (0 if it has none) of each task."""
-    rows = re.findall(r"\| (\w+) \| (\d+) \| ([\d.]+)% \| [\d.]* \| [\d.]* \| ([\d.]*) \|", printed)
+    rows = re.findall(r"\| (\w+) +\| +(\d+) \| +([\d.]+)% \| +[\d.]* \| +[\d.]* \| +([\d.]*) \|", printed)
     return {task: (int(count), float(exact), float(chrf or 0)) for task, count, exact, chrf in rows}
 
 

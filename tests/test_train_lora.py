@@ -200,7 +200,7 @@ def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, 
     assert printed.count("  evaluation, ") == 2
     assert run(*flags, "--output_dir", tmp_path / "two", "--eval_data_path", rows_path).count("  evaluation, ") == 2
     printed = run(*flags, "--output_dir", tmp_path / "no", "--eval_data_path", rows_path, "--eval_strategy", "no")
-    assert "  evaluation, " not in printed and "| rows | 12 | " in printed
+    assert "  evaluation, " not in printed and "| rows |   12 | " in printed
 
 
 def test_metrics_at_the_end(
@@ -214,7 +214,7 @@ def test_metrics_at_the_end(
     flags += ["--gradient_checkpointing", "True", "--lora_dropout", "0.5"]
     flags += ["--eval_strategy", "steps", "--eval_steps", "4", "--save_steps", "4"]  # the last steps are of training
     printed = run(*flags)
-    assert "| rows | 12 | " in printed
+    assert "| rows |   12 | " in printed
     own = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
     words = f"--adapter_path {tmp_path}/out --data_path {rows_path} --output_file {tmp_path}/answers.jsonl"
     run_main(inference, *words.split(), "--max_new_tokens", 8)
@@ -243,7 +243,7 @@ def test_rows_held_out_are_evaluated_on_and_not_trained_on(
     )
     printed = run(*flags, "--max_rows", 10, "--eval_split", 0.3, "--eval_strategy", "no", "--num_train_epochs", 1)
     rows = json.loads(Path(rows_path).read_text(encoding="utf-8"))[:10]
-    assert "10 rows" in printed and "| rows | 3 | " in printed and len(trained) == 7
+    assert "10 rows" in printed and "| rows |    3 | " in printed and len(trained) == 7
     kept = [row["instruction"] for number, row in enumerate(rows, 1) if number not in trained]
     assert [row["instruction"] for row in answered] == kept
 

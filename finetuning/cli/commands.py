@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psutil
 
-from finetuning.cli.console import say
-
 
 def command_line() -> str:
     """The command line as it may be published."""
@@ -36,8 +34,3 @@ def resume_command() -> str:
 
 def inference_command(output_dir: str) -> str:
     return f"python {Path(sys.argv[0]).with_name('inference.py')} --adapter_path {output_dir}"
-
-
-def print_next_command(output_dir: str) -> None:
-    say("\nTry it:")
-    say(f'{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')

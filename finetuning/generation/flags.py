@@ -95,11 +95,10 @@ def parse_inference_arguments(
     model_args, args = parser.parse(argv)
     output = Path(args.output_file or "")
     files = [output, output.with_suffix(f".{METRICS}"), output.with_suffix(f".{CONFUSION}")] if args.output_file else []
-    for file in files:
+    named = [("output_file", file) for file in files] + ([("report", Path(args.report))] if args.report else [])
+    for name, file in named:
         if file.exists():
-            fail(f"--output_file: '{file}' already exists; name another file, or remove it")
-    if args.report and Path(args.report).exists():
-        fail(f"--report: '{args.report}' already exists; name another file, or remove it")
+            fail(f"--{name}: '{file}' already exists; name another file, or remove it")
     if args.adapter_path is None and model_args.model_path is None and Path(DEFAULT_ADAPTER, WEIGHTS).exists():
         args.adapter_path = DEFAULT_ADAPTER
     return model_args, args

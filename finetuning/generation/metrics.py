@@ -4,6 +4,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 from finetuning.adapter.folder import CONFUSION, METRICS
 from finetuning.cli.console import attempt, say, warn
@@ -133,14 +134,27 @@ def score_label_words(answers: list[str], references: list[str], labels: list[st
 
 def format_scores(scores: dict[str, dict[str, Any]]) -> str:
     """The result of `score` as Markdown: a table of all tasks, and a confusion matrix for each with label words."""
-    lines = ["| task | rows | exact match | macro-F1 | BLEU | chrF |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [["task", "rows", "exact match", "macro-F1", "BLEU", "chrF"]]
     for task, values in scores.items():
         numbers = [f"{values[name]:.1f}" if name in values else "" for name in ("macro_f1", "bleu", "chrf")]
-        lines.append(f"| {task} | {values['rows']} | {values['exact_match']:.1f}% | {' | '.join(numbers)} |")
+        rows.append([task, str(values["rows"]), f"{values['exact_match']:.1f}%", *numbers])
+    tables = [format_table(rows)]
     for task, values in scores.items():
         if "labels" in values and len(values["labels"]) <= LARGEST_TABLE:
-            lines += ["", f"| {task}: right answer | {' | '.join([*values['labels'], OTHER])} |"]
-            lines.append("|---|" + "--:|" * (len(values["labels"]) + 1))
+            rows = [[f"{task}: right answer", *values["labels"], OTHER]]
             for label, counts in zip(values["labels"], values["confusion_matrix"], strict=True):
-                lines.append(f"| {label} | {' | '.join(map(str, counts))} |")
-    return "\n".join(lines)
+                rows.append([label, *map(str, counts)])
+            tables.append(format_table(rows))
+    return "\n\n".join(tables)
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """A Markdown table of a head and its rows, whose columns line up in a terminal, with Chinese words too."""
+    columns = []
+    for place, column in enumerate(zip(*rows, strict=True)):
+        widths = [sum(2 if east_asian_width(letter) in "FW" else 1 for letter in cell) for cell in column]
+        spaces = [" " * (max(widths) - width) for width in widths]
+        cells = [cell + space if place == 0 else space + cell for cell, space in zip(column, spaces, strict=True)]
+        line = "-" * (max(widths) + 2) if place == 0 else "-" * (max(widths) + 1) + ":"
+        columns.append([f" {cells[0]} ", line, *(f" {cell} " for cell in cells[1:])])
+    return "\n".join(f"|{'|'.join(cells)}|" for cells in zip(*columns, strict=True))

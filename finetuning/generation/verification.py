@@ -22,7 +22,7 @@ from transformers import (
 from finetuning.cli.console import say
 from finetuning.generation.generate import encode_question, generate, make_generation_config, pad_left
 from finetuning.preprocessing.prompts import to_messages
-from finetuning.preprocessing.rows import load_rows, question
+from finetuning.preprocessing.rows import question
 from finetuning.preprocessing.templates import Message
 
 MAX_NEW_TOKENS = 64
@@ -159,9 +159,3 @@ def load_served(
         trust_remote_code=trust_remote_code,
     )
     return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def choose_rows(path: str, count: int) -> list[dict[str, Any]]:
-    """`count` rows of a data file, evenly spaced."""
-    rows = load_rows(path, output_required=False)
-    return rows[:: max(1, len(rows) // count)][:count]

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from finetuning.generation import confusion_matrix
-from finetuning.generation.metrics import format_scores, report, score
+from finetuning.generation.metrics import format_scores, format_table, report, score
 
 ENGLISH = (
     ["The cat sat on the mat.", "It isn't far, is it?", "Good morning", "Rain tomorrow."],
@@ -76,7 +76,13 @@ def test_by_task() -> None:
     assert [values["rows"] for values in scores.values()] == [2, 1, 1, 4]
     assert [values["exact_match"] for values in scores.values()] == [100, 0, 100, 75]
     table = format_scores(scores)
-    assert "| a | 2 | 100.0% |  | " in table and table.count("\n") == 5
+    assert "| a       |    2 |      100.0% |          | " in table and table.count("\n") == 5
+
+
+def test_columns_line_up() -> None:
+    """In a terminal, where a Chinese character is as wide as two others."""
+    table = format_table([["task", "行数"], ["天气", "12"], ["translate", "3"]])
+    assert table == "| task      | 行数 |\n|-----------|-----:|\n| 天气      |   12 |\n| translate |    3 |"
 
 
 def test_a_task_called_all() -> None:
@@ -132,4 +138,4 @@ def test_picture_lies_beside_the_scores_and_may_fail(
     assert (tmp_path / "answers.confusion.png").exists()
     monkeypatch.setattr("finetuning.generation.metrics.draw_confusion", Mock(side_effect=RuntimeError("no font")))
     table = report(rows, predictions, {}, tmp_path / "metrics.json")
-    assert "| rows | 8 | 50.0% |" in table and "confusion.png could not be written" in capsys.readouterr().err
+    assert "| rows |    8 |       50.0% |" in table and "confusion.png could not be written" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_a_run(
     """Each precision trains, saves a float32 adapter, and answers; fp16's first overflows end no run."""
     more = [*PRECISIONS[precision], "--gradient_checkpointing", checkpointing, "--eval_data_path", rows_path]
     printed = run_main(SCRIPTS[method], *flags(model_path, rows_path, tmp_path / "out", *more))
-    assert losses(printed)[-1] < losses(printed)[0] - 0.3 and "| rows | 12 |" in printed
+    assert losses(printed)[-1] < losses(printed)[0] - 0.3 and "| rows |   12 |" in printed
     assert all(tensor.dtype == torch.float32 for tensor in adapter_weights(tmp_path / "out").values())
     info = json.loads((tmp_path / "out/adapter_info.json").read_text(encoding="utf-8"))
     assert info["base_fingerprint"]["dtype"] == ("bfloat16" if precision == "bf16" else "float16")
