@@ -391,7 +391,7 @@ def test_prompt_tuning_results(workplace: Path, prompt_tuning: Path) -> None:
     assert read_scores(run(workplace, *command.split()).stdout)["all"][1] >= 90
     printed = run(workplace, *command.split(), "--labels", "auto").stdout
     assert read_scores(printed)["all"][1] >= 90
-    others = re.findall(r"^\| \w+ \|.* (\d+) \|$", printed.split("(other)", 1)[1], flags=re.M)
+    others = re.findall(r"^\| \w+ +\|.* (\d+) \|$", printed.split("(other)", 1)[1], flags=re.M)
     assert len(others) >= 12 and set(others) == {"0"}
 
 

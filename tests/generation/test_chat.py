@@ -72,6 +72,7 @@ def test_a_turn_an_interrupt_another_turn_the_end(talkative_path: str) -> None:
     terminal.read_until("Qwen: .+")  # streams
     terminal.interrupt(r"\[stopped\]\r\nYou: ")  # in the middle of the answer
     terminal.type("half a line")
+    terminal.read_until("half a line")  # Ctrl-C takes back what readline has not read yet, and it would wait for it
     terminal.interrupt("You: ")
     terminal.type("again\n")
     terminal.read_until("Qwen: .+")
