@@ -32,7 +32,7 @@ from finetuning.benchmarking.shapes import make_random_checkpoint, random_rows
 from finetuning.benchmarking.table import ALL, Method, choose_methods, save_results, show_results
 from finetuning.cli.arguments import ModelArguments, ScriptParser
 from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
-from finetuning.preprocessing.prompts import pad_token_id
+from finetuning.preprocessing.encode import pad_token_id
 from finetuning.training.flags import Arguments, parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
 from train_lora import LoraArguments, build_lora_config

@@ -29,18 +29,17 @@ from finetuning.adapter.base_model import (
     quantization_options,
 )
 from finetuning.adapter.fingerprint import quantization
-from finetuning.adapter.folder import adapter_state, describe_adapter, save_adapter
+from finetuning.adapter.folder import adapter_state, choose_thinking, describe_adapter, save_adapter
 from finetuning.adapter.hub import create_repository, upload
-from finetuning.cli.arguments import ModelArguments, renamed_fields
+from finetuning.cli.arguments import ModelArguments
 from finetuning.cli.commands import inference_command
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import evaluate
-from finetuning.preprocessing.data import Data, read_training_data
-from finetuning.preprocessing.label_words import warn_about_labels
-from finetuning.preprocessing.prompts import encode_conversations, pad_token_id, to_messages
+from finetuning.generation.labels import labels_of_tasks, warn_about_labels
+from finetuning.preprocessing.dataset import Data, load_training_data
+from finetuning.preprocessing.encode import encode, pad_token_id, to_messages
+from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.templates import set_prompt_format
-from finetuning.preprocessing.thoughts import choose_mode
-from finetuning.preprocessing.token_dataset import ChunkTokenizer
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
     check_output_dir,
@@ -59,8 +58,8 @@ from finetuning.training.trainer import make_trainer, prepare_adapter
 
 def start_run(args: Arguments) -> None:
     """Refuse an output folder that is in use, and set the seed before anything random is made."""
-    only_looks = args.data.dry_run or args.data.show_rows
-    allowed = only_looks or args.data.overwrite_output_dir or args.training.resume_from_checkpoint
+    only_looks = args.run.dry_run or args.data.show_rows
+    allowed = only_looks or args.run.overwrite_output_dir or args.training.resume_from_checkpoint
     if args.training.should_save:
         check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
@@ -137,32 +136,28 @@ def training_dtype(training_args: TrainingArguments) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def preprocess_function(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, list[int]]]:
-    """Turn rows into what the model trains on.
+def preprocess_function(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Turn a row of the data into what the model trains on.
 
     Args:
-        rows: in the form of `schema.read_row`.
+        row: in the form of `rows.normalize_row`: all fields that the file gives it, or `messages`.
 
     Returns:
-        For each row `input_ids` and `labels`, of the same length, at most `max_length`. `labels` are the input_ids of
-        the answers with their stop tokens, and IGNORE_INDEX elsewhere. A row that is too long is cut on the right, and
-        then ends without a stop token.
+        One example, or several if the chat template rewrites earlier turns: `input_ids` and, of the same length,
+        `labels`, which are the input_ids of the answers with their stop tokens, and IGNORE_INDEX elsewhere. Nothing is
+        truncated: that is the caller's part.
     """
-    conversations = [to_messages(row, tokenizer) for row in rows]
-    return [
-        {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
-        for input_ids, labels in encode_conversations(conversations, tokenizer)
-    ]
+    messages = to_messages(row, tokenizer)  # for another task, build other turns from the fields of the row
+    return encode(messages, tokenizer)
 
 
 def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
     """The rows to train on, and those to evaluate on, if there are any."""
-    data, training, rename = args.data, args.training, renamed_fields(args.data)
-    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, data.max_length, data.thinking, rename)
-    first_of_machine = training.local_process_index == 0
-    return read_training_data(data, tokenize_chunk, training.seed, first_of_machine, training.should_save)
+    needs_texts = args.run.eval_metrics and args.training.should_save
+    try:
+        return load_training_data(args.data, preprocess_function, tokenizer, args.training.seed, needs_texts)
+    except DataError as error:
+        fail(str(error))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,10 +178,10 @@ def train(
             run cannot be resumed.
     """
     prepare_adapter(model)
-    choose_mode(tokenizer, train_data.summary, args.data.thinking)
-    warn_about_labels(train_data.summary.labels())
+    choose_thinking(tokenizer, train_data.summary, args.data.thinking)
+    warn_about_labels(train_data.summary)
     print_first_row(train_data.dataset, tokenizer)
-    if args.data.dry_run:
+    if args.run.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
@@ -194,7 +189,7 @@ def train(
     try:
         if args.training.should_save:
             divided = shards_weights(args.training)
-            scores = evaluate(model, tokenizer, train_data, eval_data, args.data, args.training, divided)
+            scores = evaluate(model, tokenizer, train_data, eval_data, args.run.sample_answers, args.training, divided)
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)
@@ -207,12 +202,12 @@ def train_and_save(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
-    output_dir = args.training.output_dir
-    files = describe_adapter(model, tokenizer, train_data.summary, run_settings(args))
+    output_dir, labels = args.training.output_dir, labels_of_tasks(train_data.summary)
+    files = describe_adapter(model, tokenizer, train_data.summary, labels, run_settings(args))
     checkpoint = None
     if args.training.should_save:
         checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
-        clear_output_dir(output_dir, args.data.overwrite_output_dir)
+        clear_output_dir(output_dir, args.run.overwrite_output_dir)
     (checkpoint,) = broadcast_object_list([checkpoint])
     start = adapter_state(model)
 
@@ -227,7 +222,7 @@ def train_and_save(
     state = adapter_state(model)
     if args.training.should_save:
         save_adapter(model, state, output_dir, start, files)
-        if not args.data.keep_checkpoints:
+        if not args.run.keep_checkpoints:
             remove_checkpoints(output_dir)
     run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
     print_run(run, output_dir)

@@ -11,6 +11,7 @@ Base model, prompt format, quantisation and stop tokens come from what was saved
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from common import load_model, load_tokenizer
 from finetuning.adapter.base_model import check_model_path
 from finetuning.adapter.folder import METRICS, WEIGHTS, load_adapter, read_adapter, use_trained_format
-from finetuning.cli.arguments import ModelArguments, beside_scripts, renamed_fields
+from finetuning.cli.arguments import ModelArguments, beside_scripts
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.answer_page import write_page
 from finetuning.generation.chat import chat
-from finetuning.generation.evaluate import answer_instruction, answer_rows
+from finetuning.generation.evaluate import answer_instruction, answer_rows, load_rows
 from finetuning.generation.flags import InferenceArguments, memory_flags, parse_inference_arguments
-from finetuning.generation.generate import encode_question, make_generation_config
+from finetuning.generation.generate import encode_question, make_generation_config, without_answer
+from finetuning.generation.labels import choose_labels
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
-from finetuning.preprocessing.label_words import choose_labels
-from finetuning.preprocessing.rows import Rows, count_unread, load_rows, print_unread, question
+from finetuning.preprocessing.files import find_files, hash_files
+from finetuning.preprocessing.rows import Row, task_of
 from finetuning.preprocessing.templates import is_thinking
-from finetuning.preprocessing.token_view import print_prompt
 
 SAMPLE_ROWS = 8
 
@@ -67,25 +68,22 @@ def load_for_inference(
     return model, tokenizer, info
 
 
-def read_questions(args: InferenceArguments) -> Rows:
-    """The rows of the data file that are to be answered; without a file, the first few sample rows."""
-    path = args.data_path or beside_scripts("data/test.json")
-    rows = load_rows(path, output_required=False, rename=renamed_fields(args))
-    print_unread(rows.path, count_unread(rows))
+def read_questions(path: str, args: InferenceArguments) -> list[Row]:
+    """The rows of a data file that are to be answered; without --data_path, the first few of the sample rows."""
+    rows = load_rows(path, args.rename)
     if args.tasks:
-        rows[:] = [row for row in rows if row.get("task") in args.tasks.split(",")]
+        tasks = [task.strip() for task in args.tasks.split(",")]
+        rows = [row for row in rows if "task" in row and task_of(row) in tasks]
         if not rows:
-            fail(f"--tasks {args.tasks}: {rows.path} has no row with such a 'task'")
-    if args.data_path is None:
-        rows[:] = rows[:SAMPLE_ROWS]
-    return rows
+            fail(f"--tasks {args.tasks}: {path} has no row with such a 'task'")
+    return rows if args.data_path else rows[:SAMPLE_ROWS]
 
 
-def describe_settings(model_args: ModelArguments, args: InferenceArguments, rows: Rows) -> dict[str, Any]:
+def describe_settings(model_args: ModelArguments, args: InferenceArguments, path: str) -> dict[str, Any]:
     """Everything that the predictions for a data file depend on."""
     names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
     settings = {"model_path": model_args.model_path, "load_in_4bit": model_args.load_in_4bit}
-    settings |= {"data_sha256": rows.sha256, "fields": renamed_fields(args)}
+    settings |= {"data_sha256": hash_files(find_files(path)), "fields": args.rename}
     settings |= {name: getattr(args, name) for name in names}
     if args.adapter_path:
         settings["adapter_sha256"] = hashlib.sha256(Path(args.adapter_path, WEIGHTS).read_bytes()).hexdigest()
@@ -96,7 +94,8 @@ def main() -> None:
     model_args, args = parse_inference_arguments(__doc__)
     instruction = {"instruction": args.instruction, "input": args.input} | ({"task": args.tasks} if args.tasks else {})
     one_row = args.interactive or args.instruction is not None
-    rows = [instruction] if one_row else read_questions(args)
+    path = args.data_path or beside_scripts("data/test.json")
+    rows = [instruction] if one_row else read_questions(path, args)
     model, tokenizer, info = load_for_inference(model_args, args.adapter_path)
     labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None
     if labels and info.get("thinking") and not is_thinking(tokenizer):
@@ -106,7 +105,8 @@ def main() -> None:
     )
     set_seed(args.seed)
     if args.show_prompt:
-        print_prompt(encode_question(rows[0], tokenizer), tokenizer)
+        prompt = encode_question(rows[0], tokenizer)  # on stderr, so that stdout gets the answer alone
+        print(f"prompt, {len(prompt):,} tokens: {tokenizer.decode(prompt)!r}\nids: {prompt}", file=sys.stderr)
     try:
         with memory_advice(model.device, memory_flags(model_args, args, config.max_new_tokens)):
             if args.interactive:
@@ -114,14 +114,16 @@ def main() -> None:
             elif args.instruction is not None:
                 answer_instruction(model, tokenizer, instruction, config, labels)
             else:
-                predictions = Predictions(args.output_file, describe_settings(model_args, args, rows))
+                predictions = Predictions(args.output_file, describe_settings(model_args, args, path))
                 answer_rows(model, tokenizer, rows, predictions, args.batch_size, config, labels)
                 print_answers(rows, predictions, info.get("labels", {}), args)
     except KeyboardInterrupt:
         fail("stopped" + ("; the same command resumes from here" if args.output_file else ""), 130)
 
 
-def print_answers(rows: Rows, predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments) -> None:
+def print_answers(
+    rows: list[Row], predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments
+) -> None:
     """Print or write the answered rows, and print how good the answers are.
 
     Args:
@@ -130,7 +132,7 @@ def print_answers(rows: Rows, predictions: Predictions, labels: dict[str, list[s
     answered = predictions.finish(rows)
     if not args.output_file:
         for row in answered:
-            print(json.dumps(question(row), ensure_ascii=False, default=str))  # a date of a Parquet file
+            print(json.dumps(without_answer(row), ensure_ascii=False, default=str))  # a date of a Parquet file
     metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
     sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
     scores = report(rows, predictions.in_order(), labels, metrics_file, **sources)

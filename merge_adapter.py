@@ -28,12 +28,12 @@ from finetuning.adapter.folder import load_adapter, read_adapter, use_trained_fo
 from finetuning.adapter.gguf import GGUF, find_converter, write_gguf
 from finetuning.adapter.hub import create_repository, upload
 from finetuning.adapter.merging import check_can_merge, export_adapter, write_merged
+from finetuning.adapter.served_template import choose_plain_start, write_modelfile
 from finetuning.cli.arguments import ModelArguments, ScriptParser, beside_scripts
 from finetuning.cli.console import fail, say
+from finetuning.generation.evaluate import load_rows
 from finetuning.generation.verification import compare, load_served, make_reference
-from finetuning.preprocessing.prompts import tokenize
-from finetuning.preprocessing.rows import load_rows
-from finetuning.preprocessing.served_template import choose_plain_start, write_modelfile
+from finetuning.preprocessing.encode import tokenize
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     check_not_quantised(folder)
     dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(folder)
     check_output(args.output_dir, result_size(folder, dtype) * (2 if args.gguf else 1))
-    rows = load_rows(args.check_data_path, output_required=False)
+    rows = load_rows(args.check_data_path)
     rows = rows[:: max(1, len(rows) // args.check_rows)][: args.check_rows]
     repository = create_repository(args.hub_model_id, args.output_dir) if args.push_to_hub else None
 
@@ -80,7 +80,7 @@ def main() -> None:
             del model  # two of them may be too many
             model, tokenizer = load_served(output, computed, device, args.trust_remote_code)
     for name, reference in references.items():
-        comparison = compare(model, tokenizer, reference, soft_ids, tokenize(start, tokenizer))
+        comparison = compare(model, tokenizer, reference, soft_ids, tokenize([start], tokenizer)[0])
         comparison.print(f"compared with {name}")
     if not comparison.is_good(dtype):
         fail(f"the result does not answer as base and adapter do: it keeps the name {output}", 1)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
-from finetuning.preprocessing.token_view import print_rows
+from finetuning.preprocessing.show import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
 from finetuning.training.processes import shards_weights
 

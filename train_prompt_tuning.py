@@ -20,7 +20,7 @@ from finetuning.adapter.sharding import whole
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
-from finetuning.preprocessing.token_view import print_rows
+from finetuning.preprocessing.show import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
 from finetuning.training.processes import shards_weights
 

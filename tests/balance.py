@@ -10,7 +10,7 @@ from support import REPOSITORY, preprocess
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.training.collators import row_lengths
 
 GPUS, ROWS = 8, 8
 SPREAD = 0.57  # of the logarithms: that of 1,000 rows of the Chinese Alpaca

@@ -150,7 +150,7 @@ def rows_cases() -> Iterator[Case]:
         "a column that means nothing here",
         train_lora,
         lambda folder: training(folder, base(folder), rows(folder, ROW | {"text": "x"})),
-        ["not read: text (1 rows)"],
+        ["ignored fields: text (1 rows)"],
         0,
     )
     yield Case(
@@ -165,7 +165,7 @@ def rows_cases() -> Iterator[Case]:
     yield Case("`*.json`", train_lora, lambda f: training(f, base(f), f / "*.json"), ["no file matches this pattern"])
     for form in ("csv", "tsv.gz", "jsonl.zst", "parquet"):
         flags = partial(given_file, name=f"rows.{form}", content=test_files.FORMS[form]([ROW]))
-        yield Case(f"a good `rows.{form}`", train_lora, flags, ["1 rows, all kept whole"], 0)
+        yield Case(f"a good `rows.{form}`", train_lora, flags, ["1 rows, all kept"], 0)
     yield Case("a folder of two files", train_lora, two_files, ["2 files, from", "a.json", "b.csv"], 0)
     yield Case(
         "a folder without data",

@@ -70,8 +70,8 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
 def tokenizer_alone(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     from common import load_tokenizer
     from finetuning.cli.arguments import ModelArguments
+    from finetuning.preprocessing.encode import to_messages
     from finetuning.preprocessing.files import read_file
-    from finetuning.preprocessing.prompts import to_messages
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
     total = {"seconds": 0.0, "CPU-seconds": 0.0}
@@ -86,11 +86,12 @@ def tokenizer_alone(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    from common import load_tokenizer, preprocess_function
-    from finetuning.cli.arguments import ModelArguments
     from finetuning.preprocessing.data import read_data
     from finetuning.preprocessing.token_cache import TokenCache
     from finetuning.preprocessing.token_dataset import ChunkTokenizer
+
+    from common import load_tokenizer, preprocess_function
+    from finetuning.cli.arguments import ModelArguments
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
     tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, 1024)

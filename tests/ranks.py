@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support import make_model, make_rows, make_soft
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training import flags
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator

@@ -48,21 +48,20 @@ def compare_answers(folder: Path, rows: list[dict[str, str]], expected: list[str
     from llama_cpp import Llama
     from transformers import AutoTokenizer
 
-    from finetuning.preprocessing.prompts import to_messages
-    from finetuning.preprocessing.rows import question
-    from finetuning.preprocessing.templates import read_answer
+    from finetuning.generation.generate import parse_generated, without_answer
+    from finetuning.preprocessing.encode import to_messages
 
     model = Llama(str(folder / "model.gguf"), n_ctx=512, verbose=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"max_tokens": 256, "temperature": 0.0, "repeat_penalty": 1.0}
     differing = 0
     for number, (row, right) in enumerate(zip(rows, expected, strict=True), 1):
-        messages = to_messages(question(row), tokenizer)
+        messages = to_messages(without_answer(row), tokenizer)
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         completion = model.create_completion(prompt, **options)["choices"][0]["text"]
         chat = model.create_chat_completion(messages, **options)["choices"][0]["message"]["content"]
         for way, text in (("completion", completion), ("chat", chat)):
-            _, answer = read_answer(text, tokenizer)
+            _, answer = parse_generated(text, tokenizer)
             if answer != right:
                 differing += 1
                 print(f"  row {number}, {way}: {answer!r}, not {right!r}")

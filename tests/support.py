@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +27,14 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from common import preprocess_function
+from common import load_data, preprocess_function
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli import console
-from finetuning.preprocessing.data import Data, read_data
-from finetuning.preprocessing.prompts import IGNORE_INDEX
-from finetuning.preprocessing.token_dataset import ChunkTokenizer
+from finetuning.preprocessing.dataset import Data
+from finetuning.preprocessing.encode import IGNORE_INDEX
+from finetuning.preprocessing.files import DataError, find_files
+from finetuning.preprocessing.flags import DataArguments
+from finetuning.preprocessing.rows import read_rows
 from finetuning.training.callbacks import StopOnSignal
 
 Run = Callable[..., str]
@@ -154,12 +157,23 @@ def make_soft(model_type: str = "qwen2", cls: type = SoftPromptModel) -> PeftMod
 
 
 def preprocess_row(row: dict[str, Any], tokenizer: Qwen2Tokenizer, max_length: int) -> dict[str, list[int]]:
-    return preprocess_function([row], tokenizer, max_length)[0]
+    (example,) = preprocess_function(row, tokenizer)
+    return {name: ids[:max_length] for name, ids in example.items()}
 
 
 def preprocess(path: str, tokenizer: Qwen2Tokenizer, max_length: int, thinking: str = "auto", **options: Any) -> Data:
     """Data files as a run reads them."""
-    return read_data(path, ChunkTokenizer(preprocess_function, tokenizer, max_length, thinking), **options)
+    data = DataArguments(data_path=path, max_length=max_length, thinking=thinking, **options)
+    settings = {"run": SimpleNamespace(eval_metrics=False), "training": SimpleNamespace(seed=42, should_save=False)}
+    return load_data(SimpleNamespace(data=data, **settings), tokenizer)[0]
+
+
+def read_all(path: str, rename: dict[str, str] | None = None, output_required: bool = True) -> list[dict[str, Any]]:
+    """The rows of data files, as they are trained on; or the end of the program, as for a run."""
+    try:
+        return [row for _, row, _ in read_rows(path, find_files(path), rename or {}, output_required)]
+    except DataError as error:
+        console.fail(str(error))
 
 
 def make_rows(lengths: tuple[int, ...] = (9, 3, 14, 6), seed: int = 1) -> list[dict[str, list[int]]]:

@@ -22,11 +22,11 @@ from common import load_model
 from finetuning.adapter import checkpoint_copy, hub
 from finetuning.adapter.folder import describe_adapter
 from finetuning.adapter.merging import soft_prompt_changes
+from finetuning.adapter.served_template import soft_tokens
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import verification
 from finetuning.generation.generate import encode_question
-from finetuning.preprocessing.served_template import soft_tokens
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import is_thinking, prompt_format, set_prompt_format, set_thinking
 
@@ -108,7 +108,7 @@ def save_random_adapter(
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.data = noise + (parameter.data if "lora_" not in name or "magnitude" in name else 0)
     model.save_pretrained(folder)
-    for name, text in describe_adapter(model, tokenizer, Summary("none"), {}).items():
+    for name, text in describe_adapter(model, tokenizer, Summary("none"), {}, {}).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 import inference
 from finetuning.cli.arguments import ModelArguments
+from finetuning.generation.evaluate import load_rows
 from finetuning.generation.generate import batches_by_length, encode_question, generate, make_generation_config
-from finetuning.preprocessing.rows import load_rows
 from finetuning.training.collators import FlattenCollator
 
 PATTERNS = ["*.md", "data/*.md", "docs/*.md", "examples/**/*.md", "models/*.md", "tests/*.md"]
@@ -286,7 +286,7 @@ def test_first_command(workplace: Path) -> None:
     """`python train_lora.py`: what it shows."""
     printed = (workplace / "printed.txt").read_text(encoding="utf-8")
     for words in [
-        "data/train.json: 1,280 rows, all kept whole",
+        "data/train.json: 1,280 rows, all kept",
         "4 of 4 layers",
         "trainable   ",
         "reads     'Instruction: ",

@@ -51,7 +51,7 @@ def test_a_run(run: Run, flags: list[str], tmp_path: Path) -> None:
     for words in [
         "float32 (no GPU; half precision",
         "plain; the first row",
-        "12 rows, all kept whole",
+        "12 rows, all kept",
         "2 of 2 layers",
         "2,560 of ",
         r"reads     'Instruction: Say sun'",
@@ -535,9 +535,11 @@ def test_kept_cut_and_dropped_add_up(base_path: str, rows_path: str, capsys: pyt
         capsys.readouterr()
         data = preprocess(rows_path, tokenizer, length)
         dataset, learnt = data.dataset, sum(label != -100 for labels in data.dataset["labels"] for label in labels)
-        assert (data.summary.tokens, data.summary.learnt) == (sum(dataset["length"]), learnt)
+        assert (data.summary.tokens, data.summary.supervised) == (sum(dataset["length"]), learnt)
         printed = capsys.readouterr().out
-        counts = re.findall(r"(\d+) (?:kept|cut|dropped)", printed.replace("12 rows, all", "12 kept, 0 cut, 0 dropped"))
+        counts = re.findall(
+            r"(\d+) (?:kept|truncated|dropped)", printed.replace("rows, all kept", "kept, 0 truncated, 0 dropped")
+        )
         whole, cut, dropped = map(int, counts)
         assert whole + cut + dropped == 12
         assert len(dataset) == whole + cut

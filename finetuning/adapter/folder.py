@@ -27,11 +27,11 @@ from finetuning.adapter.sharding import gathered, whole_copy
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.commands import command_line, resume_command
-from finetuning.cli.console import fail, first_line, is_disk_error, warn
+from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.cli.memory import is_out_of_memory
-from finetuning.preprocessing.prompts import stop_token_ids
+from finetuning.preprocessing.encode import stop_token_ids
 from finetuning.preprocessing.summary import Summary
-from finetuning.preprocessing.templates import is_thinking, prompt_format, set_thinking
+from finetuning.preprocessing.templates import is_thinking, prompt_format, set_thinking, supports_thinking_switch
 
 CONFIG, TEMPLATE, INFO, METRICS = "adapter_config.json", "chat_template.jinja", "adapter_info.json", "metrics.json"
 CONFUSION = "confusion.png"
@@ -42,12 +42,17 @@ SCRATCH = ".saving"  # prefix of folders still being written
 
 
 def describe_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, summary: Summary, settings: dict[str, Any]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    summary: Summary,
+    labels: dict[str, list[str]],
+    settings: dict[str, Any],
 ) -> dict[str, str]:
     """The texts to save beside an adapter's weights, by file name: its prompt format, and what inference must match.
 
     Args:
         summary: of the training rows.
+        labels: the label words of each task in them.
         settings: of the run, which a resumed run must share.
     """
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -58,14 +63,28 @@ def describe_adapter(
         "quantization": quantization(model),
         "prompt_format": prompt_format(tokenizer),
         "stop_token_ids": stop_token_ids(tokenizer),
-        "thinking": summary.mostly_thoughts(),
-        "labels": summary.labels(),
+        "thinking": summary.mostly_reasoning(),
+        "labels": labels,
         "command": command_line(),
         "data_sha256": summary.sha256,
         "settings": settings,
         "versions": {name: version(name) for name in libraries},
     }
     return {TEMPLATE: tokenizer.chat_template, INFO: json.dumps(info, ensure_ascii=False, indent=2) + "\n"}
+
+
+def choose_thinking(tokenizer: PreTrainedTokenizerBase, summary: Summary, wanted: str) -> None:
+    """Put the chat template, which is saved with the adapter, into the mode that most rows are in, or that is wanted.
+
+    Args:
+        summary: of the training rows.
+        wanted: `--thinking`: auto, on or off.
+    """
+    if wanted == "on" and not summary.reasoning:
+        fail(f"--thinking on: no row of {summary.path} has reasoning to learn; leave the flag out")
+    set_thinking(tokenizer, wanted == "on" or summary.mostly_reasoning())
+    if summary.reasoning and supports_thinking_switch(tokenizer):
+        say(f"the adapter will be asked to answer {'after' if is_thinking(tokenizer) else 'without'} reasoning")
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:

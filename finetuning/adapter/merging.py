@@ -25,11 +25,11 @@ from finetuning.adapter.checkpoint_copy import (
     write_template,
     write_weights,
 )
+from finetuning.adapter.served_template import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.adapter.whole_class import PREFIX, TEXT, WEIGHTS, WHOLE, write_for_whole_class
 from finetuning.cli.console import fail, say
-from finetuning.preprocessing.prompts import pad_token_id, stop_token_ids
-from finetuning.preprocessing.served_template import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
+from finetuning.preprocessing.encode import pad_token_id, stop_token_ids
 from finetuning.preprocessing.templates import prompt_format
 
 # Fields of PEFT's LoRA configuration that make an adapter more than a change of the base model's own matrices.

@@ -67,7 +67,9 @@ def make_model_card(report: dict[str, Any], adapter: str, scores: str, picture: 
 def facts(report: dict[str, Any]) -> str:
     """The run in a table: data, settings, last losses, speed and versions."""
     data, settings, speed, history = (report[name] for name in ("data", "settings", "speed", "history"))
-    counts = f"{data['rows']:,} rows: {data['whole']:,} whole, {data['cut']:,} cut, {data['dropped']:,} dropped"
+    counts = (
+        f"{data['rows']:,} rows: {data['kept']:,} kept, {data['truncated']:,} truncated, {data['dropped']:,} dropped"
+    )
     rows = {
         "data": f"`{data['path']}`, {counts}; trained on {report['trained_on_examples']:,} examples",
         "SHA-256 of the data": f"`{data['sha256']}`",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.encode import IGNORE_INDEX
 
 
 class Stopwatch(TrainerCallback):

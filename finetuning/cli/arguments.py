@@ -52,24 +52,6 @@ def flag(default: Any, help: str, choices: list[str] | None = None) -> Any:
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
-def renamed_fields(args: Any) -> dict[str, str]:
-    """For each field that a flag names as it is called in the data, its name here: {"question": "instruction"}.
-
-    Args:
-        args: a dataclass with the flags instruction_field, input_field, output_field and messages_field.
-
-    Raises:
-        ValueError: for flags that exclude each other.
-    """
-    flags = {name: getattr(args, f"{name}_field") for name in ("instruction", "input", "output", "messages")}
-    named = {new: old for new, old in flags.items() if old is not None}
-    if len(named) > 1 and "messages" in named:
-        raise ValueError("--messages_field names whole conversations: leave out the other --..._field flags")
-    if len(set(named.values())) < len(named):
-        raise ValueError("the flags --instruction_field, --input_field and --output_field must name different fields")
-    return {old: new for new, old in named.items()}
-
-
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the defaults, and a docstring as it was written."""
 

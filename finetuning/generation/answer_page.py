@@ -8,7 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetuning.preprocessing.rows import by_task, expected_answer, question
+from finetuning.generation.generate import without_answer
+from finetuning.generation.metrics import by_task
+from finetuning.preprocessing.rows import expected_answer
 
 # What a difference is made of: a word of an alphabet or a number; else a character, as in Chinese.
 UNIT = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u0370-\u052f]+|.", re.DOTALL)
@@ -127,7 +129,7 @@ def make_article(
         head.append(f"probability {prediction['probabilities'][answer]:.4f}")
     if prediction.get("cut"):
         head.append("cut before its end")
-    parts = [(name, escape(text)) for name, text in list_turns(question(row))]
+    parts = [(name, escape(text)) for name, text in list_turns(without_answer(row))]
     if prediction.get("thought"):
         parts.append(("thought", escape(prediction["thought"])))
     if verdict == "wrong":

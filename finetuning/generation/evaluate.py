@@ -1,6 +1,7 @@
 """Answering an instruction or the rows of a data file, by generation or by choosing among labels."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from finetuning.adapter.folder import METRICS
 from finetuning.cli.commands import inference_command
-from finetuning.cli.console import green, progress_bar, say, warn
+from finetuning.cli.console import fail, green, progress_bar, say, warn
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.generate import (
     AnswerStreamer,
@@ -18,18 +19,33 @@ from finetuning.generation.generate import (
     encode_question,
     generate,
     make_generation_config,
+    parse_generated,
 )
 from finetuning.generation.label_scoring import classify_in_batches
+from finetuning.generation.labels import labels_of_tasks
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
-from finetuning.preprocessing.data import Data
-from finetuning.preprocessing.flags import DataArguments
-from finetuning.preprocessing.prompts import stop_token_ids
-from finetuning.preprocessing.templates import read_answer
-from finetuning.preprocessing.token_view import split_parts
+from finetuning.preprocessing.dataset import Data
+from finetuning.preprocessing.encode import stop_token_ids
+from finetuning.preprocessing.files import DataError, find_files
+from finetuning.preprocessing.rows import Row, print_ignored, read_rows
+from finetuning.preprocessing.show import split_parts
 
 SAMPLE_TOKENS = 64  # of an answer that `show_answers` shows
 MOST_CHARACTERS = 300
+
+
+def load_rows(path: str, rename: dict[str, str] | None = None) -> list[Row]:
+    """All rows of a --data_path, as questions to answer; a DataError ends the program."""
+    rows, ignored = [], Counter[str]()
+    try:
+        for _, row, its_ignored in read_rows(path, find_files(path), rename or {}, output_required=False):
+            rows.append(row)
+            ignored.update(its_ignored)
+    except DataError as error:
+        fail(str(error))
+    print_ignored(path, ignored)
+    return rows
 
 
 def answer_rows(
@@ -49,7 +65,7 @@ def answer_rows(
         labels: for each row the labels to choose from; None to generate the answers.
     """
     todo = [number for number in range(len(rows)) if number not in predictions.by_row]
-    prompts = [encode_question(rows[number], tokenizer) for number in todo]
+    prompts = [encode_question(rows[number], tokenizer, f"row {number + 1}: ") for number in todo]
     if labels:
         own = [labels[number] for number in todo]
         batches = classify_in_batches(model, tokenizer, prompts, own, batch_size, config)
@@ -90,23 +106,24 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     train_data: Data,
     eval_data: Data | None,
-    args: DataArguments,
+    sample_answers: int,
     training_args: TrainingArguments,
     divided: bool,
 ) -> str:
     """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
 
     Args:
+        sample_answers: how many are shown.
         divided: whether this process has only a part of the base weights, and so cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
     """
-    rows, count = eval_data.rows if eval_data else None, args.sample_answers
-    if not rows and not count:
+    rows, path = eval_data.rows if eval_data else None, (eval_data or train_data).summary.path
+    if not rows and not sample_answers:
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
-    command = f"{inference_command(output_dir)} --data_path {rows.path if rows else args.data_path}"
+    command = f"{inference_command(output_dir)} --data_path {path}"
     if divided:
         say(f"no answers, as the model is divided; for them: {command}")
         return ""
@@ -117,10 +134,10 @@ def evaluate(
             predictions, config = Predictions(None, {}), make_generation_config(tokenizer)
             quiet = training_args.disable_tqdm
             answer_rows(model, tokenizer, rows, predictions, batch_size, config, disable_tqdm=quiet)
-            labels, file = train_data.summary.labels(), Path(output_dir, METRICS)
-            scores = report(rows, predictions.in_order(), labels, file, data_path=rows.path)
-        if count:
-            show_answers(model, tokenizer, (eval_data or train_data).dataset, count)
+            labels, file = labels_of_tasks(train_data.summary), Path(output_dir, METRICS)
+            scores = report(rows, predictions.in_order(), labels, file, data_path=path)
+        if sample_answers:
+            show_answers(model, tokenizer, (eval_data or train_data).dataset, sample_answers)
     return scores
 
 
@@ -128,7 +145,7 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     """Print rows with the right answer, the base model's and the adapter's, the beginnings of long ones.
 
     Args:
-        dataset: the columns of `common.preprocess_function`.
+        dataset: with the columns of `dataset.TOKENS`.
         count: of rows, evenly spaced.
     """
     examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]
@@ -141,7 +158,7 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     stop_ids = stop_token_ids(tokenizer)
     for example, start, base, adapter in zip(examples, starts, of_base, of_adapter, strict=True):
         learnt = [token for token in example["input_ids"][start:] if token not in stop_ids]
-        right = "".join(read_answer(tokenizer.decode(learnt), tokenizer))
+        right = "".join(parse_generated(tokenizer.decode(learnt), tokenizer))
         name, text = f"row {example['row_number']}", adapter.thought + adapter.text
         say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")
         say(f"  right     {shorten(right)}")

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.adapter.folder import CONFUSION, METRICS, WEIGHTS
-from finetuning.cli.arguments import ModelArguments, ScriptParser, flag, renamed_fields
+from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fail
 from finetuning.generation.generate import MAX_NEW_TOKENS, MAX_THINKING_TOKENS
+from finetuning.preprocessing.flags import FieldArguments
 
 DEFAULT_ADAPTER = "outputs/lora"
 
 
 @dataclass
-class InferenceArguments:
+class InferenceArguments(FieldArguments):
     _argument_group_name = "inference"
 
     adapter_path: str | None = flag(
@@ -22,10 +23,6 @@ class InferenceArguments:
     input: str = flag("", "the text that the instruction is about")
     interactive: bool = flag(False, "chat in the terminal")
     data_path: str | None = flag(None, "rows to answer: files of any form that training reads")
-    instruction_field: str | None = flag(None, "what the field instruction is called in the data, such as question")
-    input_field: str | None = flag(None, "what the field input is called in the data, such as context")
-    output_field: str | None = flag(None, "what the field output is called in the data, such as answer")
-    messages_field: str | None = flag(None, "what the field messages is called in the data: conversations")
     tasks: str | None = flag(None, "only rows whose 'task' is one of these, commas between")
     output_file: str | None = flag(
         None, "JSON Lines of the answered rows; their scores go to a .metrics.json beside it"
@@ -46,7 +43,8 @@ class InferenceArguments:
     seed: int = flag(42, "sampling: the same seed draws the same answers")
 
     def __post_init__(self) -> None:
-        if renamed_fields(self) and not self.data_path:
+        super().__post_init__()
+        if self.rename and not self.data_path:
             raise ValueError("--instruction_field and the like name fields of a data file: add --data_path")
         asked = {"--instruction": self.instruction is not None, "--data_path": bool(self.data_path)}
         asked = [name for name, given in (asked | {"--interactive": self.interactive}).items() if given]

@@ -10,10 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.cli.console import dim
-from finetuning.preprocessing.prompts import encode_messages, pad_token_id, stop_token_ids, to_messages
-from finetuning.preprocessing.rows import question
-from finetuning.preprocessing.templates import PLAIN_ANSWER, is_thinking, read_answer
+from finetuning.cli.console import dim, fail
+from finetuning.preprocessing.encode import encode, pad_token_id, stop_token_ids, to_messages
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.rows import Row, expected_answer, split_reasoning
+from finetuning.preprocessing.templates import OPENING, PLAIN_ANSWER, is_thinking, opens_reasoning, prompt_format
 
 MAX_NEW_TOKENS, MAX_THINKING_TOKENS = 256, 2048  # longest answer; with its thought
 
@@ -55,9 +56,34 @@ def make_generation_config(
     )
 
 
-def encode_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt of a row: its token ids up to the beginning of the answer."""
-    return encode_messages(to_messages(question(row), tokenizer), tokenizer)[0]
+def without_answer(row: Row) -> Row:
+    """A row as a question: without its answer, if it has one."""
+    if expected_answer(row) is None:
+        return row
+    if "messages" in row:
+        return row | {"messages": row["messages"][:-1]}
+    return {name: value for name, value in row.items() if name not in ("output", "reasoning_content")}
+
+
+def encode_question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "") -> list[int]:
+    """The prompt of a row: its token ids up to the beginning of the answer.
+
+    Args:
+        where: the row, for the error message.
+    """
+    try:
+        return encode(to_messages(without_answer(row), tokenizer), tokenizer)[-1]["input_ids"]
+    except DataError as error:
+        fail(f"{where}{error}")
+
+
+def parse_generated(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The reasoning and the answer in a generated text, without the parts that belong to the format."""
+    if prompt_format(tokenizer) == "plain":
+        text = text.removeprefix(PLAIN_ANSWER.rstrip()).removeprefix(" ")
+    elif opens_reasoning(tokenizer, tokenizer.chat_template):
+        text = OPENING + text
+    return split_reasoning(text)
 
 
 @torch.inference_mode()
@@ -94,7 +120,7 @@ def generate(
     answers = []
     for ids in output[:, length:].tolist():
         end = next((place for place, token in enumerate(ids) if token in config.eos_token_id), None)
-        thought, text = read_answer(tokenizer.decode(ids[:end]), tokenizer)
+        thought, text = parse_generated(tokenizer.decode(ids[:end]), tokenizer)
         answers.append(Answer(text, thought, ids if end is None else ids[: end + 1], cut=end is None))
     return answers
 
@@ -157,10 +183,10 @@ class AnswerStreamer(BaseStreamer):
         # wait for the rest of a character of several tokens, of the words before a plain answer, and of a tag
         unfinished = any(text.endswith(tag[:end]) for tag in ("<think>", "</think>") for end in range(1, len(tag)))
         if not text.endswith("\ufffd") and not PLAIN_ANSWER.startswith(text) and not unfinished:
-            self.print_up_to(*read_answer(text, self.tokenizer))
+            self.print_up_to(*parse_generated(text, self.tokenizer))
 
     def end(self) -> None:
-        self.print_up_to(*read_answer(self.tokenizer.decode(self.token_ids), self.tokenizer))
+        self.print_up_to(*parse_generated(self.tokenizer.decode(self.token_ids), self.tokenizer))
 
     def print_up_to(self, thought: str, answer: str) -> None:
         if len(thought) > len(self.thought):

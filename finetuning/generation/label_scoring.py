@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetuning.generation.generate import batches_by_length, generate, pad_left
-from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, pad_token_id, tokenize
-from finetuning.preprocessing.templates import CLOSING, OPENING, is_thinking, opens_thought
+from finetuning.preprocessing.encode import IGNORE_INDEX, encode, pad_token_id, tokenize
+from finetuning.preprocessing.templates import CLOSING, OPENING, is_thinking, opens_reasoning
 
 
 def classify_in_batches(
@@ -25,7 +25,7 @@ def classify_in_batches(
     In thinking mode the model first writes its thought, and the labels are scored after it.
 
     Args:
-        labels_of_prompts: the labels of each prompt, from `label_words.choose_labels`.
+        labels_of_prompts: the labels of each prompt, from `labels.choose_labels`.
         batch_size: the most labels scored at once; a prompt with more labels makes a batch of its own.
         config: how thoughts are generated.
     """
@@ -50,9 +50,9 @@ def think(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: GenerationConfig
 ) -> tuple[list[list[int]], list[dict[str, str]]]:
     """Let the model write its thoughts; returns the prompts with them, up to where the answers begin, and the texts."""
-    opening = "" if opens_thought(tokenizer, tokenizer.chat_template) else OPENING
+    opening = "" if opens_reasoning(tokenizer, tokenizer.chat_template) else OPENING
     thoughts = [answer.thought for answer in generate(model, tokenizer, prompts, config)]
-    ids = [tokenize(opening + thought + CLOSING, tokenizer) for thought in thoughts]
+    ids = tokenize([opening + thought + CLOSING for thought in thoughts], tokenizer)
     prompts = [prompt + its_ids for prompt, its_ids in zip(prompts, ids, strict=True)]
     return prompts, [{"thought": thought} for thought in thoughts]
 
@@ -60,7 +60,7 @@ def think(
 def encode_label(label: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a label as an answer, as training would supervise them: with the format and the stop token."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}]
-    return [token for token in encode_messages(messages, tokenizer)[1] if token != IGNORE_INDEX]
+    return [token for token in encode(messages, tokenizer)[0]["labels"] if token != IGNORE_INDEX]
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ from unicodedata import east_asian_width
 from finetuning.adapter.folder import CONFUSION, METRICS
 from finetuning.cli.console import attempt, say, warn
 from finetuning.generation.confusion_matrix import draw_confusion
-from finetuning.preprocessing.label_words import find_labels
-from finetuning.preprocessing.rows import by_task, expected_answer
+from finetuning.generation.labels import find_labels
+from finetuning.preprocessing.rows import expected_answer, task_of
 
 OTHER = "(other)"  # in a confusion matrix: any answer that is not a label
 LARGEST_TABLE = 12  # labels; a larger confusion matrix is only in the file
@@ -32,7 +32,7 @@ def report(
 
     Args:
         predictions: for each row `prediction`, and `cut` if the answer did not end.
-        labels: the label words of each task in the training data, from `Summary.labels`.
+        labels: the label words of each task in the training data, from `labels_of_tasks`.
         file: gets the same as JSON; the confusion matrices are drawn beside it.
         head: fields to put first in the file.
 
@@ -97,6 +97,14 @@ def score(
         )
         for task, numbers in groups.items()
     }
+
+
+def by_task(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The numbers of the rows of each task, in order of appearance."""
+    tasks: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        tasks.setdefault(task_of(row), []).append(number)
+    return tasks
 
 
 def score_group(answers: list[str], references: list[str], known_labels: list[str]) -> dict[str, Any]:

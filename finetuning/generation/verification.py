@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from finetuning.cli.console import say
-from finetuning.generation.generate import encode_question, generate, make_generation_config, pad_left
-from finetuning.preprocessing.prompts import to_messages
-from finetuning.preprocessing.rows import question
+from finetuning.generation.generate import encode_question, generate, make_generation_config, pad_left, without_answer
+from finetuning.preprocessing.encode import to_messages
 from finetuning.preprocessing.templates import Message
 
 MAX_NEW_TOKENS = 64
@@ -46,7 +45,7 @@ class Reference:
 def make_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Reference:
     """Let base model and adapter answer, greedily and each row alone."""
     config = make_generation_config(tokenizer, MAX_NEW_TOKENS)
-    questions = [to_messages(question(row), tokenizer) for row in rows]
+    questions = [to_messages(without_answer(row), tokenizer) for row in rows]
     prompts = [encode_question(row, tokenizer) for row in rows]
     answers = [generate(model, tokenizer, [prompt], config)[0].token_ids for prompt in prompts]
     logits = []

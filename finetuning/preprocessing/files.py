@@ -1,103 +1,117 @@
-"""Data files of every usual form, read one row after the other: memory does not grow with the file.
-
-    .json .jsonl .csv .tsv, also as .gz or .zst      UTF-8, with or without a byte-order mark
-    .parquet
-
-A file is understood or refused, never guessed: its first bytes say what it is, and its ending only tells a table from
-JSON. The JSON reader of `datasets` is not used because it guesses: it turns strings that look like dates into dates and
-a columnar file into one row, and its Arrow errors do not name the row.
-"""
+"""Step 1: the files that a --data_path names, and their bytes. The first bytes of a file say what it is."""
 
 import codecs
-import gzip
 import hashlib
+import io
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 import pyarrow
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfFileSystem, hf_hub_download
 
-from finetuning.cli.console import fail, first_line
-from finetuning.preprocessing.json_rows import LONGEST, read_json_lines, read_list
-from finetuning.preprocessing.schema import EXAMPLE
-from finetuning.preprocessing.tables import read_parquet, read_table
+from finetuning.cli.console import first_line
 
+EXAMPLE = '{"instruction": "翻译为英文", "input": "你好", "output": "Hello"}'
 CHUNK = 1 << 20  # bytes read at once
-SNIFF = 1024  # bytes that say what a file is
+SNIFF = 1024  # bytes that tell what a file is
 
-MAGIC = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
-MAGIC |= {b"\xfd7zXZ\x00": "xz", b"\xd0\xcf\x11\xe0": "excel", b"ARROW1": "arrow", b"version https://git-lfs": "lfs"}
-TEXT_ENDINGS = ("json", "jsonl", "ndjson", "csv", "tsv")
-ENDINGS = {f".{name}{packed}" for name in TEXT_ENDINGS for packed in ("", ".gz", ".zst")} | {".parquet"}
-ENDINGS |= {".xlsx", ".xls", ".zip", ".bz2", ".xz", ".arrow"}  # are refused, with the way out, not passed over
-PANDAS = "python -c \"import pandas; pandas.read_{0}('{1}').to_json('rows.jsonl', orient='records', lines=True)\""
-UNPACK = {"gzip": "gunzip -k {0}", "zip": "unzip {0}", "zstd": "zstd -d {0}", "bzip2": "bunzip2 -k {0}"}
-UNPACK |= {"xz": "unxz -k {0}", "tar": "tar xf {0}"}
+TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+ENDINGS = tuple(name + more for name in TEXT_ENDINGS for more in ("", ".gz", ".zst", ".bz2"))
+ENDINGS += (".parquet", ".xlsx", ".xls", ".zip", ".xz", ".arrow")  # some are refused, but none is passed over
+COMPRESSED_ENDING = re.compile(r"\.(gz|zst|bz2)$")
+HIDDEN = re.compile(r"[/\\]\.")  # a file or folder
+HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/(.+)")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bz2"}  # the names are pyarrow's
+
+CONVERT = "convert it: python -c \"import {0}; {0}.{1}('{{0}}').to_json('rows.jsonl', orient='records', lines=True)\""
+EXCEL = f"is an Excel file, not JSON; {CONVERT.format('pandas', 'read_excel')}"
+ARROW = "is an Arrow file, not JSON; " + CONVERT
+ICONV = "save it as UTF-8, for example: iconv -f {} -t UTF-8 old > new"
+UTF_16 = f"is UTF-16 or UTF-32 text, or no text at all, not UTF-8; {ICONV.format('UTF-16')}"
+# The first bytes of formats that are not read, and what to do about it.
+REFUSED = {
+    b"PK\x03\x04": "is a zip file; decompress it first: unzip {0}",
+    b"\xfd7zXZ\x00": "is an xz file; decompress it first: unxz -k {0}",
+    b"\xd0\xcf\x11\xe0": EXCEL,
+    b"ARROW1": ARROW.format("pandas", "read_feather"),
+    b"\xff\xff\xff\xff": ARROW.format("datasets", "Dataset.from_file"),  # a stream, as `save_to_disk` writes it
+    b"version https://git-lfs": "is only a Git LFS pointer; download it again, with git lfs pull",
+    codecs.BOM_UTF16_LE: UTF_16,
+    codecs.BOM_UTF16_BE: UTF_16,
+}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says why, and what to do. `rows.read_rows` adds the file and the row."""
 
 
 def find_files(data_path: str) -> list[str]:
-    """The files that a --data_path names, in natural order (part-2 before part-10), each once.
+    """The files that a --data_path names, each once, in the order of its parts, and in natural order within a part.
 
     Args:
-        data_path: a file, a folder (all its data files, also in subfolders), a pattern such as data/*.jsonl, a file on
-            the Hugging Face hub (hf://datasets/owner/name/file or owner/name@revision/file), or several with commas.
+        data_path: a file, a folder (all its data files, also in subfolders), a pattern such as data/*.jsonl, files on
+            the Hugging Face hub (hf://datasets/owner/name/file or owner/name@revision/*.parquet), or several of these
+            with commas between.
 
     Raises:
-        SystemExit: code 2, if there is no such file, or a pattern or a folder has none.
+        DataError: if there is no such file, or a pattern or a folder has none.
     """
-    parts = [data_path] if os.path.exists(data_path) or "," not in data_path else data_path.split(",")
-    found = {os.path.realpath(file): file for part in parts for file in find_part(part.strip())}
-    files, unpacked = sorted(found.values(), key=natural_order), {}
-    for file in files:
-        other = unpacked.setdefault(re.sub(r"\.(gz|zst)$", "", file), file)
+    files: dict[str, str] = {}
+    for part in [data_path] if os.path.exists(data_path) or "," not in data_path else data_path.split(","):
+        find = download if part.strip().startswith("hf://") else find_local
+        files |= {os.path.realpath(file): file for file in find(part.strip()) if os.path.realpath(file) not in files}
+    decompressed: dict[str, str] = {}
+    for file in files.values():
+        other = decompressed.setdefault(COMPRESSED_ENDING.sub("", file), file)
         if other != file:
-            fail(f"'{file}' and '{other}' look like the same rows, packed and not; move one away, or name only one")
-    return files
+            problem = f"'{file}' and '{other}' look like the same rows, compressed and not"
+            raise DataError(f"{problem}; move one away, or name only one")
+    return list(files.values())
 
 
-def natural_order(path: str) -> list[Any]:
-    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", path))]
-
-
-def find_part(path: str) -> list[str]:
-    if path.startswith("hf://"):
-        return [download(path)]
-    if os.path.isfile(path):
-        return [path]
-    if os.path.exists(path) and not os.path.isdir(path):
-        fail(f"'{path}' is not a file; name a data file, a folder or a pattern")
-    matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
-    files = [file for match in matches for file in ([match] if os.path.isfile(match) else data_files(match))]
-    if os.path.isdir(path) and not files:
-        fail(f"'{path}' is not a file, and as a folder it has no data files (.json, .jsonl, .csv, .parquet, ...)")
+def find_local(path: str) -> list[str]:
+    """The files that a path or a pattern names; of folders, those with a known ending that are not hidden."""
+    is_folder, files = os.path.isdir(path), []
+    if os.path.exists(path) and not is_folder and not os.path.isfile(path):
+        raise DataError(f"'{path}' is not a file; name a data file, a folder or a pattern")
+    for match in [path] if os.path.exists(path) else glob(path, recursive=True):
+        found = [Path(match)] if os.path.isfile(match) else Path(match).rglob("*")
+        known = [file for file in found if str(file) == match or file.name.lower().endswith(ENDINGS) and file.is_file()]
+        files += [str(file) for file in known if not HIDDEN.search(str(file).removeprefix(match))]
+    if not files and is_folder:
+        raise DataError(f"'{path}' is not a file, and as a folder it has no data files (.json, .csv, .parquet, ...)")
     if not files:
         hint = "; no file matches this pattern" if set(path) & set("*?[") else ""
-        fail(f"data file '{path}' does not exist{hint}")
-    return files
+        raise DataError(f"data file '{path}' does not exist{hint}")
+    return sorted(files, key=natural_order)
 
 
-def data_files(folder: str) -> list[str]:
-    """The files in a folder and its subfolders that have a known ending and are not hidden."""
-    files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name.lower().endswith(tuple(ENDINGS))]
-    return [str(file) for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+def natural_order(path: str) -> tuple[list[Any], str]:
+    """A key that sorts part-2 before part-10, and part-01 always before part-1."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", path))], path
 
 
-def download(url: str) -> str:
-    """The local copy of a file on the Hugging Face hub."""
-    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
-    if not match:
-        fail(f"'{url}': write it as hf://datasets/owner/name/path/in/the/repository.json")
-    repository, revision, file = match.groups()
+def download(url: str) -> list[str]:
+    """The local copies of the files on the Hugging Face hub that a URL or a pattern names."""
+    files = []
     try:
-        return hf_hub_download(repository, file, repo_type="dataset", revision=revision)
-    except (OSError, ValueError) as error:
-        fail(f"'{url}' cannot be downloaded: {first_line(error)}")
+        urls = [f"hf://{path}" for path in HfFileSystem().glob(url)] if set(url) & set("*?[") else [url]
+        for match in map(HUB_FILE.fullmatch, sorted(urls, key=natural_order)):
+            if not match:
+                raise DataError(f"'{url}': write it as hf://datasets/owner/name/path/in/the/repository.json")
+            revision = match[2] and unquote(match[2])
+            files.append(hf_hub_download(match[1], match[3], repo_type="dataset", revision=revision))
+    except OSError as error:
+        raise DataError(f"'{url}' cannot be downloaded: {first_line(error)}") from None
+    if not files:
+        raise DataError(f"data file '{url}' does not exist; no file matches this pattern")
+    return files
 
 
 def hash_files(paths: list[str]) -> str:
@@ -106,7 +120,7 @@ def hash_files(paths: list[str]) -> str:
     for path in paths:
         digest = hashlib.sha256()
         with open_file(path) as file:
-            for data in chunks(file):
+            while data := file.read(CHUNK):
                 digest.update(data)
         digests.append(digest)
     together = hashlib.sha256(b"".join(digest.digest() for digest in digests))
@@ -117,119 +131,50 @@ def open_file(path: str) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        fail(f"{path}: cannot be read: {error.strerror}")
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_file(path: str) -> Iterator[tuple[str, Any]]:
-    """Read a data file's rows one after the other, as they are: what they mean is checked by `schema.read_row`.
-
-    Yields:
-        The place of a row as error messages name it, "row 3" or "line 3" (counted from 1), and the row.
+def decompress(path: str, file: IO[bytes]) -> tuple[IO[bytes], bytes]:
+    """The decompressed bytes of an open file as a stream, and the first SNIFF of them.
 
     Raises:
-        SystemExit: code 2, with a line that names the file, the place and the remedy. It may come after some rows.
+        DataError: for a format that is not read; it says how to convert it.
     """
-    with open_file(path) as file:
-        try:
-            kind = kind_of(path, file.read(SNIFF))
-            file.seek(0)
-            if kind == "parquet":
-                yield from read_parquet(path, file)
-            else:
-                yield from read_text(path, unpack(path, kind, file))
-        except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
-            fail(f"{path}: is damaged or not whole: {first_line(error)}; make or download it again")
-
-
-def kind_of(path: str, start: bytes) -> str:
-    """What a file is by its first bytes; formats that are not read are refused, with the way to one that is."""
-    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "text")
-    if kind == "excel" or ending(path) in (".xlsx", ".xls"):
-        fail(f"{path}: is an Excel file, not JSON; convert it: {PANDAS.format('excel', path)}")
-    if kind == "arrow":
-        fail(f"{path}: is an Arrow file, not JSON; convert it: {PANDAS.format('feather', path)}")
-    if kind == "lfs":
-        fail(f"{path}: is only a Git LFS pointer; download it again, with git lfs pull")
-    kind = "tar" if start[257:262] == b"ustar" else kind
-    if kind in ("zip", "bzip2", "xz", "tar"):
-        fail(f"{path}: is a {kind} file; unpack it first: {UNPACK[kind].format(path)}")
-    if kind == "text" and path.lower().endswith(".parquet"):
-        fail(f"{path}: is not a parquet file: its first bytes are not PAR1; make or download it again")
-    return kind
-
-
-def unpack(path: str, kind: str, file: IO[bytes]) -> Iterator[bytes]:
-    """The bytes of a file, decompressed."""
-    if kind == "gzip":
-        file = gzip.GzipFile(fileobj=file)
-    elif kind == "zstd":
-        file = pyarrow.CompressedInputStream(file, "zstd")
     start = file.read(SNIFF)
-    if kind != "text" and (inner := kind_of(path, start)) != "text":
-        fail(f"{path}: is a packed {inner} file; unpack it first: {UNPACK[kind].format(path)}")
-    return chain([start] if start else [], chunks(file))
+    file.seek(0)
+    compression = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
+    if compression:
+        file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
+        start = file.peek(SNIFF)[:SNIFF]
+    is_parquet, ending = start.startswith(b"PAR1"), Path(path.lower()).suffix
+    if ending in (".xlsx", ".xls"):
+        raise DataError(EXCEL.format(path))
+    for magic, reason in REFUSED.items():
+        if start.startswith(magic):
+            raise DataError(reason.format(path))
+    if start[257:262] == b"ustar":
+        raise DataError(f"is a tar file; extract it first: tar xf {path}")
+    if is_parquet and compression:
+        raise DataError(f"is a compressed Parquet file, with {compression}; decompress it first")
+    if ending == ".parquet" and not is_parquet:
+        raise DataError("is not a Parquet file: its first bytes are not PAR1; make or download it again")
+    if b"\x00" in start and not is_parquet:
+        raise DataError(UTF_16)
+    return file, start
 
 
-def chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while data := file.read(CHUNK):
-        yield data
-
-
-def read_text(path: str, data: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """The rows of a text: a JSON list, a table if the file's ending says so, or else JSON Lines."""
-    text = decode(path, data)
-    start = ""
-    while not start.strip():
-        more = next(text, "")
-        if not more:
-            fail(f"{path}: is empty; it should hold a list of rows like {EXAMPLE}")
-        start += more
-    text = chain([start], text)
-    if start.lstrip()[0] == "[":
-        return read_list(path, text)
-    if ending(path) in (".csv", ".tsv") and start.lstrip()[0] != "{":
-        return read_table(path, split_lines(path, text), "\t" if ending(path) == ".tsv" else ",")
-    return read_json_lines(path, split_lines(path, text))
-
-
-def ending(path: str) -> str:
-    """The ending of a file's name, such as .csv, without that of its packing."""
-    return Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
-
-
-def decode(path: str, data: Iterable[bytes]) -> Iterator[str]:
-    """Turn the bytes of a file into text, in pieces that are not empty."""
-    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    remedy = f"save it as UTF-8, for example: iconv -f {{0}} -t UTF-8 old{ending(path)} > new{ending(path)}"
-    for piece in chain(data, [None]):
-        if piece and not done:
-            if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00" in piece:
-                fail(f"{path}: is UTF-16 or UTF-32 text, or no text at all, not UTF-8; {remedy.format('UTF-16')}")
-            done = len(codecs.BOM_UTF8) if piece.startswith(codecs.BOM_UTF8) else 0
-            piece = piece[done:]
-        waiting = len(decoder.getstate()[0])
+def decode(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Decode the pieces of a UTF-8 text, which may begin with a byte-order mark; a bad byte is named by its line."""
+    decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    for piece in chain(pieces, [b""]):
         try:
-            text = decoder.decode(piece or b"", final=piece is None)
+            text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            place = done - waiting + error.start
-            fail(f"{path}: byte {place} is not UTF-8 (GBK, perhaps?); {remedy.format('GB18030')}")
-        done += len(piece or b"")
+            good = error.object[: error.object.rfind(b"\n", 0, error.start) + 1].decode()  # the lines before are read
+            if good:
+                yield good
+            line += good.count("\n")
+            raise DataError(f"line {line}: is not UTF-8 (GBK, perhaps?); {ICONV.format('GB18030')}") from None
+        line += piece.count(b"\n")
         if text:
             yield text
-
-
-def split_lines(path: str, text: Iterable[str]) -> Iterator[str]:
-    """Split at \\n, which stays, and nowhere else: JSON allows U+2028, for example, inside a string."""
-    parts, length, number = [], 0, 1
-    for piece in text:
-        first, *others = piece.split("\n")
-        parts.append(first)
-        length += len(first)
-        if others:
-            yield "".join(parts) + "\n"
-            for line in others[:-1]:
-                yield line + "\n"
-            parts, length, number = [others[-1]], len(others[-1]), number + len(others)
-        if length > LONGEST:
-            fail(f"{path}: line {number}: has more than {LONGEST >> 20} million characters; split the file into rows")
-    yield "".join(parts)

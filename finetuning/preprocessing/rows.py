@@ -1,99 +1,352 @@
-"""The rows of data files, checked. How a file is read is in files.py, what a row may be in schema.py."""
+"""Step 3: what a row means. It is brought into one of two forms, or refused with the reason.
 
-from collections import Counter
+    {"instruction": str, "input": str, "output": str}      and perhaps "system": str, "history": [[question, answer]]
+    {"messages": [{"role": ..., "content": ...}]}          or {"conversations": [{"from": ..., "value": ...}]}
+
+An answer may begin with reasoning, <think>...</think>, or have it beside it as "reasoning_content". Whatever would
+change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
+"""
+
+import re
+import shlex
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from itertools import chain, islice
+from types import NoneType
 from typing import Any
 
-from finetuning.cli.console import fail, say
-from finetuning.preprocessing.files import find_files, hash_files, read_file
-from finetuning.preprocessing.schema import FIELDS, RowError, read_row, rename_fields
+from finetuning.cli.console import say, warn
+from finetuning.preprocessing.files import EXAMPLE, DataError
+from finetuning.preprocessing.readers import NOT_READ, parse_json, read_file
 
-NO_TASK = "rows"
+Row = dict[str, Any]
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
+ROLES |= {"gpt": "assistant"}
+TOOL_ROLES = ("tool", "function", "function_call", "observation")
+FIELDS = ("instruction", "input", "output", "reasoning_content", "system", "history", "task")
+FIELDS += ("messages", "conversations")
+JSON_FIELDS = ("messages", "conversations", "history")  # may be JSON text, as in a table
+ABSENT_IF_EMPTY = (*JSON_FIELDS, "system", "reasoning_content", "task")  # a table has no other way to leave them out
+NO_TASK = "rows"  # the task of rows that name none
+
+# Fields that are refused if they hold something, and why.
+PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
+TOOLS = "tool use cannot be trained here; remove these rows"
+MEDIA = "only text can be trained here; remove these rows"
+REFUSED = dict.fromkeys(("chosen", "rejected"), PREFERENCE)
+REFUSED |= dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS)
+REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA)
+NOTHING = ("", "[]", "{}", "null")  # JSON text that holds nothing
+# If one of these is false, the answer is a rejected one, unless it is the answer to a yes/no question.
+JUDGEMENTS = ("label", "kto_tag")
+NO = ("false", "no", "incorrect", "wrong", "否", "不", "不是", "不对", "错", "错误", "假")
+
+# Names that other data sets give to our fields, the most telling first: Firefly has kind, input and target, ADGEN has
+# content and summary, Dolly has instruction, context and response.
+OTHER_NAMES = {
+    "instruction": ("prompt", "question", "query", "problem", "content", "input", "text"),
+    "input": ("context",),
+    "output": ("completion", "answer", "response", "target", "summary", "solution", "label"),
+}
+# The end of reasoning whose beginning is missing. Without a line break after it, an answer merely mentions the tag.
+UNOPENED = re.compile(r"</think>[ \t]*\n")
 
 
-class Rows(list[dict[str, Any]]):
-    """Rows in the order of their files, with the `path` that the user gave and the files' SHA-256 (`hash_files`)."""
-
-    def __init__(self, path: str, sha256: str) -> None:
-        super().__init__()
-        self.path = path
-        self.sha256 = sha256
+def print_ignored(path: str, counts: dict[str, int]) -> None:
+    """Print how many rows have each of the fields that mean nothing here."""
+    if counts:
+        say(f"{path}: ignored fields: {', '.join(f'{name} ({count:,} rows)' for name, count in counts.items())}")
 
 
-def load_rows(
-    path: str, output_required: bool = True, rename: dict[str, str] | None = None, numbers: set[int] | None = None
-) -> Rows:
-    """Read and check rows of one or more data files.
+def read_rows(
+    data_path: str, files: list[str], rename: dict[str, str], output_required: bool, max_rows: int | None = None
+) -> Iterator[tuple[str, Row, list[str]]]:
+    """Read and check the rows of files, one after the other.
 
     Args:
-        path: a file, a folder, a pattern, or several with commas between: see `files.find_files`.
+        rename: for each field of the files that has another name here, that name: {"question": "instruction"}.
         output_required: whether each row must hold an answer: yes for training, no for inference.
-        rename: for each field of the files that has another name here, that name: see `schema.rename_fields`.
-        numbers: of the rows to read, counted from 1 over all files; None for all rows.
+        max_rows: nothing is read beyond so many rows.
 
-    Returns:
-        The rows, in the form of `schema.read_row`.
+    Yields:
+        Where a row stands (its file, and its row or line from 1), the row from `normalize_row`, its ignored fields.
 
     Raises:
-        SystemExit: code 2, with a line that names the file, the row (counted from 1), the field and the remedy.
+        DataError: with the file, the row, the field and the remedy.
     """
-    files, rename = find_files(path), rename or {}
-    rows, seen = Rows(path, hash_files(files)), Counter()
-    for number, (place, row) in enumerate(read_files(files), 1):
-        if numbers is not None and number not in numbers:
-            continue
+    unseen, fields = set(rename), {*FIELDS, *REFUSED, *JUDGEMENTS, *rename}
+
+    def check(file: str) -> Iterator[tuple[str, Row, list[str]]]:
+        location, index = file, None
         try:
-            rows.append(read_row(rename_fields(row, rename), output_required))
-        except RowError as error:
-            fail(f"{place}: {error}")
-        seen.update(rename.keys() & row.keys())
-    check_renamed(path, rename, seen)
-    return rows
+            for index, value in read_file(file, fields):
+                location = f"{file}: {index}"
+                row, ignored = normalize_row(value, rename, output_required)
+                unseen.difference_update(value)
+                yield location, row, ignored
+                location = file
+            if index is None:
+                raise DataError(f"holds no rows; it should hold rows like {EXAMPLE}")
+        except DataError as error:
+            raise DataError(f"{location}: {error}") from None
+
+    yield from islice(chain.from_iterable(map(check, files)), max_rows)
+    for name in unseen:  # an input that is misspelt would be missing everywhere
+        message = f"{data_path}: no row has the field '{name}', which --{rename[name]}_field names"
+        if max_rows is None:
+            raise DataError(message)
+        warn(f"{message}, among the first {max_rows}")
 
 
-def read_files(files: list[str]) -> Iterator[tuple[str, Any]]:
-    """Each row of the files, as it stands there, and its place: the file, and the row or the line."""
-    for file in files:
-        for place, row in read_file(file):
-            yield f"{file}: {place}", row
+def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> tuple[Row, list[str]]:
+    """Check a row, and put it into one of two forms: `instruction`, `input` and `output`, or `messages`.
+
+    What is null is absent, in the row and in its messages. Reasoning is taken out of its answer and put beside it.
+
+    Returns:
+        The row with all its other fields, and their names: they are ignored. `input` is always a str; roles are system,
+        user and assistant; a message may have `weight` 0, and is then not learnt. There is a `reasoning_content` only
+        if there is reasoning.
+
+    Raises:
+        DataError: for a row that cannot be used.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"is {describe(value)}, not an object like {EXAMPLE}")
+    row = {name: inner for name, inner in rename_fields(value, rename).items() if inner is not None}
+    row = {name: inner for name, inner in row.items() if inner != "" or name not in ABSENT_IF_EMPTY}
+    ignored = [name for name in row if name not in FIELDS]
+    row = {name: inner for name, inner in row.items() if inner is not NOT_READ}
+    for name in JSON_FIELDS:
+        if isinstance(row.get(name), str):
+            try:
+                row[name] = parse_json(row[name])
+            except ValueError as error:
+                raise DataError(f"'{name}' is text, and not valid JSON: {error}") from None
+    refuse_other_meanings(row, "")
+    says_no = str(row.get("output")).strip(" \n.!。！").lower() in NO
+    for name in JUDGEMENTS:
+        if str(row.get(name)).lower() == "false" and not says_no:  # in a CSV it is text
+            raise DataError(f"'{name}' is false: the row {PREFERENCE}; if it says something else, rename '{name}'")
+    for field in ("messages", "conversations"):
+        if field in row:
+            beside = [name for name in FIELDS if name not in (field, "system", "task") and row.get(name)]
+            if beside:
+                raise DataError(f"has '{beside[0]}' beside '{field}'; remove one of them")
+            messages = read_messages(row.pop(field), field, row.pop("system", None), output_required)
+            return row | {"messages": messages}, ignored
+    check_names(row, value, output_required)
+    row.setdefault("input", "")
+    for name in ("instruction", "input", "output", "system"):
+        check_text(row.get(name, ""), f"'{name}'")
+    check_history(row.get("history") or [])
+    if not row["instruction"].strip():
+        raise DataError("'instruction' is empty; write what the model should do")
+    reasoning = row.pop("reasoning_content", None)
+    return row | separate_reasoning("output", row["output"], reasoning) if "output" in row else row, ignored
 
 
-def check_renamed(path: str, rename: dict[str, str], seen: Counter[str]) -> None:
-    """Refuse a flag that names a field which no row has: an input that is misspelt would be missing everywhere."""
-    for name in rename:
-        if not seen[name]:
-            fail(f"{path}: no row has the field '{name}', which --{rename[name]}_field names")
+def rename_fields(row: Row, rename: dict[str, str]) -> Row:
+    """Give fields the names that they have here; a row without the field for `input` has no input."""
+    for old, new in rename.items():
+        if old not in row and new != "input":
+            hint = f"see --{new}_field {shlex.quote(old)}"
+            raise DataError(f"has no '{old}' (its fields: {list_names(row) or 'none'}); {hint}")
+        if old in row and row.get(new) is not None and new not in rename:
+            raise DataError(f"has '{new}' beside '{old}', which --{new}_field names; remove one, or leave the flag out")
+    others = {name: value for name, value in row.items() if name not in rename.values() or value is not None}
+    return {rename.get(name, name): value for name, value in others.items()}
 
 
-def count_unread(rows: Iterable[dict[str, Any]]) -> Counter[str]:
-    """How many rows have each of the fields that mean nothing here."""
-    return Counter(name for row in rows for name, value in row.items() if name not in FIELDS and value is not None)
+def refuse_other_meanings(fields: Row, where: str) -> None:
+    for field, reason in REFUSED.items():
+        value = fields.get(field)
+        if value and not (isinstance(value, str) and value.strip() in NOTHING):
+            raise DataError(f"{where}'{field}': {reason}")
 
 
-def print_unread(path: str, counts: Counter[str]) -> None:
-    if counts:
-        say(f"{path}: not read: {', '.join(f'{name} ({count:,} rows)' for name, count in counts.items())}")
+def check_names(row: Row, raw: Row, output_required: bool) -> None:
+    """Require `instruction` and, for training, `output`, or say which flags name what stands for them."""
+    missing = [
+        field for field in ("instruction", "output") if field not in row and (output_required or field != "output")
+    ]
+    if not missing:
+        return
+    if missing[0] in raw:
+        raise DataError(f"'{missing[0]}' is null; write the text, or remove the row")
+    problem = f"has no '{missing[0]}' (its fields: {list_names(row) or 'none'})"
+    chat = [name for name, value in row.items() if is_conversation(value)]
+    flags = suggest_flags(row)
+    if chat:
+        raise DataError(f"{problem}; add --messages_field {shlex.quote(chat[0])}")
+    if all(f"--{field}_field" in flags for field in missing):
+        raise DataError(f"{problem}; add {flags}")
+    if any(isinstance(value, list | dict) for value in row.values()):
+        raise DataError(f"{problem}; rows must be a plain list, not nested or in columns")
+    raise DataError(f"{problem}; a row is {EXAMPLE}; for other names there are --instruction_field and --output_field")
 
 
-def question(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without its answer, if it has one."""
-    if expected_answer(row) is None:
-        return row
-    if "messages" in row:
-        return row | {"messages": row["messages"][:-1]}
-    return {name: value for name, value in row.items() if name not in ("output", "reasoning_content")}
+def suggest_flags(row: Row) -> str:
+    """The flags that name the fields of a row, as far as their names tell what they are."""
+    free, flags = {name.lower(): name for name in row}, []
+    for field, names in OTHER_NAMES.items():
+        near = get_close_matches(field, free, cutoff=0.8) + [name for name in names if name in free]
+        name = free.pop(field if free.get(field) == field else near[0]) if near else field
+        flags += [f"--{field}_field {shlex.quote(name)}"] if name != field else []
+    return " ".join(flags)
 
 
-def expected_answer(row: dict[str, Any]) -> str | None:
+def is_conversation(value: Any) -> bool:
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in value)
+    )
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Field names for a message, on one line that is not too long."""
+    text = ", ".join(map(repr, names))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_history(history: Any) -> None:
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise DataError("'history' must be a list of [question, answer] pairs")
+    for question, answer in history:
+        check_text(question, "'history'")
+        check_text(answer, "'history'")
+        if "reasoning_content" in separate_reasoning("history", answer, None):
+            raise DataError("'history' has reasoning (<think>); write the conversation as 'messages'")
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The reasoning at the beginning of a text and the answer after it; reasoning that does not end is all there is."""
+    if not text.lstrip().startswith("<think>"):
+        return "", text
+    reasoning, _, answer = text.lstrip().removeprefix("<think>").partition("</think>")
+    return reasoning.strip(), answer.lstrip("\n")
+
+
+def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") -> dict[str, str]:
+    """Separate an answer from its reasoning.
+
+    Args:
+        field: the answer's name, also in the result.
+        beside: the row's or the message's own `reasoning_content`, or None.
+        where: the message that holds the field, for error messages.
+
+    Returns:
+        The answer under the name `field` and, if there is some, the reasoning as `reasoning_content`.
+    """
+    reasoning, rest = split_reasoning(answer)
+    begins, unopened = answer.lstrip().startswith("<think>"), UNOPENED.search(answer)
+    if begins and "</think>" not in answer or unopened and "<think>" not in answer[: unopened.start()]:
+        raise DataError(f"{where}'{field}': reasoning stands before the answer, from <think> to </think>")
+    if beside is not None:
+        check_text(beside, f"{where}'reasoning_content'")
+        if reasoning and beside.strip():
+            raise DataError(f"{where}has reasoning in '{field}' and more in 'reasoning_content'; remove one of them")
+    reasoning = reasoning or (beside or "").strip()
+    return {field: rest} | ({"reasoning_content": reasoning} if reasoning else {})
+
+
+def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[Row]:
+    """Check a conversation, and give its messages `role`, `content` and, if it is 0, `weight`.
+
+    Args:
+        system: the row's own system text, or None.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"'{field}' is {describe(messages)}, not a list of {{'role': ..., 'content': ...}}")
+    found = [read_message(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    if system is not None:
+        check_text(system, "'system'")
+        found = [{"role": "system", "content": system}, *found]
+    roles = [message["role"] for message in found]
+    if "system" in roles[1:]:
+        raise DataError("a system message may only come first, and only once")
+    turns = roles[roles[0] == "system" :]
+    if turns[::2] != ["user"] * len(turns[::2]) or turns[1::2] != ["assistant"] * len(turns[1::2]) or not turns:
+        raise DataError(f"user and assistant must take turns, user first (found: {', '.join(roles)})")
+    if output_required and roles[-1] != "assistant":
+        raise DataError("does not end with an assistant message; training needs the answer")
+    return found
+
+
+def read_message(message: Any, where: str) -> Row:
+    message = {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    role = message.get("role", message.get("from"))
+    if role in TOOL_ROLES:
+        raise DataError(f"{where} has the role '{role}': {TOOLS}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{where} needs a 'role', one of {', '.join(ROLES)}")
+    refuse_other_meanings(message, f"{where}: ")
+    content, reasoning = message.get("content", message.get("value")), message.get("reasoning_content")
+    if isinstance(content, list):
+        kinds = {part.get("type") if isinstance(part, dict) else describe(part) for part in content} - {"text"}
+        if kinds:
+            raise DataError(f"{where}: 'content' has parts of type {', '.join(map(str, kinds))}: {MEDIA}")
+        for part in content:
+            check_text(part.get("text"), f"{where}: a part of 'content'")
+        content = "".join(part["text"] for part in content)
+    check_text(content, f"{where}: 'content'")
+    texts = {"content": content}
+    if ROLES[role] == "assistant":
+        texts = separate_reasoning("content", content, reasoning, f"{where}: ")
+    elif reasoning:
+        raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
+    return {"role": ROLES[role]} | texts | ({"weight": 0} if message.get("weight") == 0 else {})
+
+
+def check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        remedies = {list: "a row holds one text for each field, not a column", NoneType: "write it, or remove the row"}
+        remedies[dict] = remedies[list]
+        raise DataError(f"{where} is {describe(value)}, not text; {remedies.get(type(value), 'put it in quotes')}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        reason = "has half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it"
+        raise DataError(f"{where} {reason}") from None
+
+
+def describe(value: Any) -> str:
+    """A short name of a JSON value for a message."""
+    names = {
+        NoneType: "null",
+        bool: f"the boolean {str(value).lower()}",
+        list: "a list",
+        dict: "an object",
+        str: "text",
+    }
+    names |= dict.fromkeys((int, float), f"the number {value}")
+    return names.get(type(value), f"of the type {type(value).__name__}")  # a date of a Parquet file, for example
+
+
+# ---- what rows hold
+
+
+def task_of(row: Row) -> str:
+    return str(row.get("task", NO_TASK))
+
+
+def expected_answer(row: Row) -> str | None:
     """The answer in a row: its output, or its last message if that is the assistant's; None without an answer."""
-    if "messages" in row:
-        return row["messages"][-1]["content"] if row["messages"][-1]["role"] == "assistant" else None
-    return row.get("output")
+    last = row["messages"][-1] if "messages" in row else {"role": "assistant", "content": row.get("output")}
+    return last["content"] if last["role"] == "assistant" else None
 
 
-def by_task(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """The numbers of the rows of each `task`, in order of appearance; rows without one are under NO_TASK."""
-    tasks: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        tasks.setdefault(str(row.get("task", NO_TASK)), []).append(number)
-    return tasks
+def learnt_answers(row: Row) -> list[str]:
+    messages = row.get("messages") or [{"role": "assistant", "content": row["output"]}]
+    return [each["content"] for each in messages if each["role"] == "assistant" and each.get("weight") != 0]
+
+
+def has_reasoning(row: Row) -> bool:
+    return any("reasoning_content" in part for part in (row, *row.get("messages", ())))
+
+
+def without_reasoning(row: Row) -> Row:
+    row = {name: value for name, value in row.items() if name != "reasoning_content"}
+    return row | ({"messages": [without_reasoning(each) for each in row["messages"]]} if "messages" in row else {})

@@ -1,88 +1,98 @@
-"""What a run needs to know of a data file beside its tokens, counted while the rows pass by."""
+"""What a run needs to know of its data beside the tokens: counts, label words, whether most rows have reasoning."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetuning.cli.console import fact, fail, say
-from finetuning.preprocessing.label_words import AnswerCounts
-from finetuning.preprocessing.rows import NO_TASK, expected_answer, print_unread
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from finetuning.cli.console import fact, say
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.rows import print_ignored
+from finetuning.preprocessing.templates import supports_thinking_switch
+
+LONGEST_LABEL = 40  # characters
+MOST_ANSWERS = 10_000  # different answers of a task that are counted; more of them are texts
 
 
 @dataclass
 class Summary:
-    """Counts of the rows of a data file."""
+    """Counts of the rows of data files."""
 
     path: str = ""
     sha256: str = ""  # of the files' bytes
     rows: int = 0
-    whole: int = 0
-    cut: int = 0
+    kept: int = 0
+    truncated: int = 0
     dropped: int = 0
     examples: int = 0  # to train on; more than rows if conversations were split
     tokens: int = 0  # of the examples
-    learnt: int = 0  # of these tokens
-    thoughts: int = 0  # rows with a thought that is learnt
-    thoughts_left_out: int = 0
-    empty: int = 0  # answers
-    unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which means nothing here, by name
-    renamed: Counter[str] = field(default_factory=Counter)  # rows that have a field which a flag names, by name
-    tasks: dict[str, AnswerCounts] = field(default_factory=dict)
+    supervised: int = 0  # of these tokens
+    reasoning: int = 0  # rows with reasoning that is learnt
+    reasoning_left_out: int = 0  # rows with reasoning that is not
+    empty: int = 0  # rows with an empty or blank answer
+    ignored: dict[str, int] = field(default_factory=dict)  # rows that have a field which means nothing here, by name
+    answers: list[dict[str, Any]] = field(default_factory=list)  # `label` of a `task`, its `count` and `first` row
 
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Count a row in the form of `schema.read_row`."""
-        self.rows += 1
-        self.empty += row.get("output") == ""
-        answers = self.tasks.setdefault(str(row.get("task", NO_TASK)), AnswerCounts())
-        answers.add(expected_answer(row) or "")
-
-    def add(self, other: "Summary") -> None:
-        """Add the counts of the rows that follow."""
-        for name, value in vars(other).items():
-            if isinstance(value, int | Counter):
-                setattr(self, name, getattr(self, name) + value)
-        for task, answers in other.tasks.items():
-            self.tasks.setdefault(task, AnswerCounts()).merge(answers)
-
-    def labels(self) -> dict[str, list[str]]:
-        """The label words of each task that has some."""
-        found = {task: answers.labels() for task, answers in self.tasks.items()}
-        return {task: labels for task, labels in found.items() if labels}
-
-    def mostly_thoughts(self) -> bool:
-        """Whether more than half of the rows have a thought to learn."""
-        return 2 * self.thoughts > self.rows
-
-    def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"tasks": {task: vars(answers) for task, answers in self.tasks.items()}}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Summary":
-        tasks = {task: AnswerCounts(**answers) for task, answers in values["tasks"].items()}
-        return cls(**values | {name: Counter(values[name]) for name in ("unread", "renamed")} | {"tasks": tasks})
+    def mostly_reasoning(self) -> bool:
+        return 2 * self.reasoning > self.rows
 
 
-def print_summary(summary: Summary, max_length: int, learnt_as: str) -> None:
-    """Print how many rows were kept, cut and dropped, how many have a thought or an empty answer, and what is not read.
+def summarize(rows: Dataset, tokens: Dataset, path: str, sha256: str, drop_reasoning: bool) -> Summary:
+    """Count rows and tokens.
 
     Args:
-        learnt_as: what becomes of the thoughts.
+        rows, tokens: with the columns of `dataset.ROWS` and `dataset.TOKENS`.
+    """
+    table = rows.remove_columns(["location", "row"]).with_format("arrow")[:]
+    numbers = tokens.with_format("numpy")
+    _, first = np.unique(numbers["row_number"][:], return_index=True)  # example of each row that is left
+    truncated = int(numbers["is_truncated"][:][first].sum())
+    ignored = pc.value_counts(pc.list_flatten(table["ignored"]))
+    summary = Summary(path, sha256, len(rows), len(first) - truncated, truncated, len(rows) - len(first), len(tokens))
+    summary.tokens, summary.supervised = (int(numbers[name][:].sum()) for name in ("length", "supervised"))
+    summary.reasoning, summary.empty = (pc.sum(table[name]).as_py() for name in ("has_reasoning", "is_empty"))
+    if drop_reasoning:
+        summary.reasoning, summary.reasoning_left_out = 0, summary.reasoning
+    summary.ignored = {count["values"].as_py(): count["counts"].as_py() for count in ignored}
+    table = table.append_column("number", pa.array(np.arange(1, len(rows) + 1)))
+    groups = table.group_by(["task", "label"], use_threads=False).aggregate([([], "count_all"), ("number", "min")])
+    groups = groups.rename_columns(["task", "label", "count", "first"])
+    sizes = groups.group_by("task").aggregate([("label", "count")])
+    few = sizes.filter(pc.is_in(sizes["label_count"], pa.array(range(2, MOST_ANSWERS), pa.int64())))["task"]
+    summary.answers = groups.filter(pc.is_in(groups["task"], few)).to_pylist()
+    return summary
+
+
+def as_label(answer: str | None) -> str | None:
+    """An answer that may be a label word; None for one that is empty, long or has several lines."""
+    return answer if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
+
+
+def print_summary(summary: Summary, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print how many rows were kept, truncated and dropped, have reasoning or an empty answer, and what is ignored.
 
     Raises:
-        SystemExit: code 2, if no example is left.
+        DataError: if no example is left.
     """
     path = summary.path
-    print_unread(path, summary.unread)
-    thoughts = summary.thoughts or summary.thoughts_left_out
-    if thoughts:
-        say(f"{path}: {thoughts:,} rows have a thought before their answer: {learnt_as}")
+    print_ignored(path, summary.ignored)
+    reasoning = summary.reasoning or summary.reasoning_left_out
+    if reasoning:
+        use = "trained in thinking mode" if supports_thinking_switch(tokenizer) else "trained as a part of it"
+        use = use if summary.reasoning else "left out"
+        say(f"{path}: {reasoning:,} rows have reasoning before their answer: {use}")
     more = f" ({summary.examples:,} examples)" if summary.examples > summary.rows else ""
-    kept = f": {summary.whole:,} kept whole, {summary.cut:,} cut at {max_length} tokens, {summary.dropped:,} dropped"
-    kept += " (no part of their answer was left)" if summary.dropped else ""
-    fact("rows", f"{path}: {summary.rows:,} rows{more}{', all kept whole' if summary.whole == summary.rows else kept}")
-    if summary.examples:
-        fact("tokens", f"{summary.tokens:,}, of which {summary.learnt / summary.tokens:.0%} are learnt")
+    counts = (
+        f": {summary.kept:,} kept, {summary.truncated:,} truncated at {max_length} tokens, {summary.dropped:,} dropped"
+    )
+    counts += " (nothing of their answers was left)" if summary.dropped else ""
+    fact("rows", f"{path}: {summary.rows:,} rows{more}{', all kept' if summary.kept == summary.rows else counts}")
+    if not summary.examples:
+        raise DataError(f"{path}: no row is left; raise --max_length (now {max_length})")
+    fact("tokens", f"{summary.tokens:,}, of which {summary.supervised / summary.tokens:.0%} are supervised")
     if summary.empty:
         say(f"{path}: {summary.empty:,} rows have an empty answer: the model learns to say nothing there")
-    if not summary.examples:
-        fail(f"{path}: no row is left; raise --max_length (now {max_length})")

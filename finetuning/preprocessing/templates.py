@@ -1,4 +1,4 @@
-"""Chat templates: the prompt format, thinking mode, and how a conversation becomes text.
+"""Step 4: chat templates, which turn a conversation into text: the prompt format and the thinking mode.
 
 The format is the tokenizer's `chat_template`: the model's own (`chat`), or the one below (`plain`), which is for base
 models and reads
@@ -9,8 +9,8 @@ models and reads
 
 The model learns to write everything after 早安.
 
-A thinking Qwen writes a thought before its answer, `<think>\\n...\\n</think>\\n\\n`. Its template has two modes: the
-prompt either lets a thought begin, or already holds an empty one. The mode is part of the template, so that every
+A thinking Qwen writes its reasoning before the answer, `<think>\\n...\\n</think>\\n\\n`. Its template has two modes:
+the prompt either lets reasoning begin, or already holds an empty block. The mode is part of the template, so that every
 program that reads the saved template asks as the adapter was trained.
 """
 
@@ -22,8 +22,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import fail, first_line
+from finetuning.preprocessing.files import DataError
 
-# role and content; perhaps reasoning_content, the thought; perhaps weight 0 if the message is not to be learnt
+# role and content; perhaps reasoning_content; perhaps weight 0 if the message is not to be learnt
 Message = dict[str, Any]
 
 PLAIN_MARK = "{#- prompt format: plain #}"
@@ -44,13 +45,13 @@ MERGED_MARK = "{#- merged: as trained #}"  # in the template of a merged checkpo
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 OPENING, CLOSING = "<think>\n", "\n</think>\n\n"
-# In front of the template of a thinking model.
-MODES = {True: "{%- set enable_thinking = true %}", False: "{%- set enable_thinking = false %}"}
-# Behind a template that knows no modes and begins every answer with a thought, such as that of Qwen3-Thinking-2507.
-NO_THOUGHT = "{%- if add_generation_prompt %}{{- '\\n</think>\\n\\n' }}{%- endif %}"
+# In front of a template that has modes.
+THINKING_SWITCH = {True: "{%- set enable_thinking = true %}", False: "{%- set enable_thinking = false %}"}
+# After a template without modes that begins every answer with reasoning, such as that of Qwen3-Thinking-2507.
+NO_REASONING = "{%- if add_generation_prompt %}{{- '\\n</think>\\n\\n' }}{%- endif %}"
 
-# Unicode noncharacters, never part of a text. The first stands for an answer while a template is rendered; the second,
-# inside a control token in a user's words, keeps it from being one.
+# Unicode noncharacters, never part of a text. The first stands for an answer while a template is probed; the second is
+# inserted into control tokens that occur in users' text, so that they are tokenised as text.
 ANSWER, GUARD = "\ufdd1", "\ufdd0"
 
 
@@ -67,7 +68,7 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif not isinstance(tokenizer.chat_template, str):
-        fail("the model has no chat template; add its chat_template.jinja, or train with --prompt_format plain")
+        fail("the model has no chat template; add its chat_template.jinja, or use --prompt_format plain")
     set_thinking(tokenizer, False)
 
 
@@ -85,44 +86,37 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 # ---- thinking
 
 
-def split_thought(text: str) -> tuple[str, str]:
-    """The thought at the beginning of a text and the answer after it. A thought that does not end is all there is."""
-    if not text.lstrip().startswith("<think>"):
-        return "", text
-    thought, _, answer = text.lstrip().removeprefix("<think>").partition("</think>")
-    return thought.strip(), answer.lstrip("\n")
-
-
 def set_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
-    """Put the tokenizer's template into thinking mode or out of it; one that knows no thoughts stays as it is."""
-    tokenizer.chat_template = in_mode(tokenizer, tokenizer.chat_template, thinking)
+    """Put the tokenizer's template into thinking mode or out of it; one that knows no reasoning stays as it is."""
+    tokenizer.chat_template = with_thinking(tokenizer, tokenizer.chat_template, thinking)
 
 
 @lru_cache(maxsize=8)
-def in_mode(tokenizer: PreTrainedTokenizerBase, template: str, thinking: bool) -> str:
+def with_thinking(tokenizer: PreTrainedTokenizerBase, template: str, thinking: bool) -> str:
     """The template with thinking on or off."""
-    template = template.removeprefix(MODES[True]).removeprefix(MODES[False]).removesuffix(NO_THOUGHT)
+    template = template.removeprefix(THINKING_SWITCH[True]).removeprefix(THINKING_SWITCH[False])
+    template = template.removesuffix(NO_REASONING)
     if "enable_thinking" in template:
-        return MODES[thinking] + template
-    return template if thinking or not opens_thought(tokenizer, template) else template + NO_THOUGHT
+        return THINKING_SWITCH[thinking] + template
+    return template if thinking or not opens_reasoning(tokenizer, template) else template + NO_REASONING
 
 
 @lru_cache(maxsize=8)
-def opens_thought(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the prompts of a template end with the beginning of a thought."""
+def opens_reasoning(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the prompts of a template end with the beginning of reasoning."""
     return render([{"role": "user", "content": "?"}], tokenizer, template, True).endswith(OPENING)
 
 
-def has_modes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's template can ask for a thought, or for none."""
+def supports_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's template can ask for reasoning, or for none."""
     template = tokenizer.chat_template
-    return in_mode(tokenizer, template, True) != in_mode(tokenizer, template, False)
+    return with_thinking(tokenizer, template, True) != with_thinking(tokenizer, template, False)
 
 
 def is_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's template asks for a thought before the answer."""
+    """Whether the tokenizer's template asks for reasoning before the answer."""
     template = tokenizer.chat_template
-    return template.startswith(MODES[True]) or opens_thought(tokenizer, template)
+    return template.startswith(THINKING_SWITCH[True]) or opens_reasoning(tokenizer, template)
 
 
 # ---- text
@@ -144,68 +138,66 @@ def render(
             enable_thinking=False,  # for the templates of older adapters, which do not say so themselves
         )
     except TemplateError as error:  # also what the sandbox refuses
-        fail(f"the chat template cannot be rendered: {first_line(error)}; fix it, or train with --prompt_format plain")
+        message = f"the chat template cannot be rendered: {first_line(error)}; fix it, or use --prompt_format plain"
+        raise DataError(message) from None
 
 
-def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a conversation that ends with the user's turn, up to where the answer begins."""
-    return render(messages, tokenizer, tokenizer.chat_template, add_generation_prompt=True)
+def render_answer(before: list[Message], answer: Message, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text of a prompt, and of its answer with reasoning and stop token.
+
+    An answer with reasoning has the prompt of thinking mode, one without that of the other mode. Both are kept as they
+    are, although many templates trim them.
+    """
+    reasoning = answer.get("reasoning_content", "")
+    template = with_thinking(tokenizer, tokenizer.chat_template, bool(reasoning))
+    prompt = render(before, tokenizer, template, add_generation_prompt=True)
+    lead, stop = probe_template(tokenizer, template)
+    if prompt.endswith(OPENING):
+        lead = reasoning + CLOSING
+    elif reasoning:  # in a format that knows none it is part of the answer
+        lead += OPENING + reasoning + CLOSING
+    return prompt, lead + answer["content"] + stop
 
 
-def render_answered(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The texts of a conversation that ends with an answer: its prompt, and the answer with its thought and stop token.
-
-    An answer with a thought has the prompt of thinking mode, one without that of the other mode. Thought and answer are
-    kept as they are, although many templates trim them.
+@lru_cache(maxsize=8)
+def probe_template(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    """The text that a template writes between a prompt and its answer, without reasoning, and the stop text after it.
 
     Raises:
-        SystemExit: code 2, if the template does not write prompt, answer and stop token one after the other.
+        DataError: if the template does not write prompt, answer and stop token one after the other.
     """
-    *before, last = messages
-    thought = last.get("reasoning_content", "")
-    template = in_mode(tokenizer, tokenizer.chat_template, bool(thought))
-    prompt = render(before, tokenizer, template, add_generation_prompt=True)
-    head, place, tail = render([*before, last | {"content": ANSWER}], tokenizer, template).rpartition(ANSWER)
+    question = [{"role": "user", "content": "?"}]
+    prompt = render(question, tokenizer, template, add_generation_prompt=True)
+    answered = render([*question, {"role": "assistant", "content": ANSWER}], tokenizer, template)
+    head, found, tail = answered.rpartition(ANSWER)
     stop = max((tail.rfind(token) + len(token) for token in stop_tokens(tokenizer) if token in tail), default=0)
-    if not place or not stop or not (head.startswith(prompt) or prompt.endswith((OPENING, CLOSING))):
-        fail(
+    has_block = prompt.endswith((OPENING, CLOSING))  # then templates that forget reasoning (QwQ) write another head
+    if not found or not stop or not (head.startswith(prompt) or has_block):
+        raise DataError(
             "the model's chat template does not write a prompt, an answer and a stop token one after the other, so it "
             "cannot be trained on;\ntrain with --prompt_format plain, or fix the tokenizer's chat_template"
         )
-    return prompt, thought_and_more(prompt, head, thought) + last["content"] + tail[:stop]
-
-
-def thought_and_more(prompt: str, head: str, thought: str) -> str:
-    """What the model writes between the prompt and the answer: its thought, and what the format puts there.
-
-    Args:
-        head: what the template writes before the answer, prompt included.
-        thought: "" for none; an empty thought belongs to the prompt, if anywhere.
-    """
-    if prompt.endswith(OPENING):  # also if the template forgets the thoughts of answers (QwQ)
-        return thought + CLOSING
-    words = "" if prompt.endswith(CLOSING) else head.removeprefix(prompt).replace(OPENING + CLOSING, "")
-    if not thought or OPENING + thought in words:
-        return words
-    return words + OPENING + thought + CLOSING  # in a format that knows no thoughts it is part of the answer
-
-
-def read_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The thought and the answer in a generated text, without the parts that belong to the format."""
-    if prompt_format(tokenizer) == "plain":
-        text = text.removeprefix(PLAIN_ANSWER.rstrip()).removeprefix(" ")
-    elif opens_thought(tokenizer, tokenizer.chat_template):
-        text = OPENING + text
-    return split_thought(text)
+    return "" if has_block else head.removeprefix(prompt).replace(OPENING + CLOSING, ""), tail[:stop]
 
 
 @lru_cache(maxsize=4)
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the tokenizer's control tokens, such as <|im_start|>."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("(" + "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) + ")")
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the control tokens, and of those that `escape` has broken up.
+
+    The rule is that of transformers' `sanitize_control_tokens`: special tokens such as <|im_start|>, and added tokens
+    such as <think> that the template itself writes.
+    """
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+    tokens = [token.content for token in added if token.special or token.content in template]
+    tokens.sort(key=len, reverse=True)
+    broken = [token[0] + GUARD + token[1:] for token in tokens]
+    return tuple(re.compile("(" + "|".join(map(re.escape, names)) + ")") for names in (tokens, broken))
 
 
-def guard(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Break up the control tokens in a user's words, so that they stay words."""
-    return special_tokens(tokenizer).sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
+def escape(message: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
+    """Break up the control tokens in a message's texts, so that they stay text."""
+    pattern, _ = control_tokens(tokenizer, tokenizer.chat_template)
+    texts = {name: message[name].replace(GUARD, "") for name in ("content", "reasoning_content") if name in message}
+    return message | {
+        name: pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text) for name, text in texts.items()
+    }

@@ -10,10 +10,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from finetuning.adapter.soft_prompts import VIRTUAL_TOKEN
-from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.encode import IGNORE_INDEX
 
 # Families in which every layer is full attention, so that nothing passes from row to row unless the mask allows it.
 # The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
@@ -36,6 +37,11 @@ def needs_no_mask(config: PreTrainedConfig) -> bool:
 
 def layer_types(config: PreTrainedConfig) -> set[str]:
     return set(getattr(config, "layer_types", None) or ["full_attention"])
+
+
+def row_lengths(dataset: Dataset) -> list[int]:
+    """The lengths of the examples, in tokens."""
+    return dataset.with_format("numpy")["length"][:].tolist()
 
 
 @dataclass

@@ -23,8 +23,8 @@ from finetuning.cli.memory import (
     total_memory,
     used_memory,
 )
-from finetuning.preprocessing.prompts import IGNORE_INDEX
-from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.preprocessing.encode import IGNORE_INDEX
+from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.rehearsal import take_pass
 from finetuning.training.trainer import make_trainer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetuning.cli.arguments import ModelArguments, ScriptParser
+from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fact, fail, say
 from finetuning.preprocessing.flags import DataArguments
 from finetuning.training.processes import check_engine, count_processes, engine_asked_for, say_how_many
@@ -20,11 +20,25 @@ OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
 
 
 @dataclass
+class RunArguments:
+    _argument_group_name = "run and output"
+
+    overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir")
+    dry_run: bool = flag(False, "measure the memory that the longest rows need, and the time of the run; train nothing")
+    eval_metrics: bool = flag(True, "after training, answer the rows to evaluate on and score the answers")
+    sample_answers: int = flag(
+        3, "after training, show so many rows with the answers of the base model and of the adapter; 0 for none"
+    )
+    keep_checkpoints: bool = flag(False, "keep the checkpoints of a finished run; each is about as large as 3 adapters")
+
+
+@dataclass
 class Arguments:
     """The command line of a training script, in its groups."""
 
     model: ModelArguments
     data: DataArguments
+    run: RunArguments
     method: Any  # the method's own dataclass
     training: TrainingArguments
 
@@ -41,7 +55,8 @@ def parse_arguments(
     Raises:
         SystemExit: code 2, for a flag or value that cannot be used.
     """
-    parser = ScriptParser((ModelArguments, DataArguments, method_arguments, TrainingArguments), description)
+    groups = (ModelArguments, DataArguments, RunArguments, method_arguments, TrainingArguments)
+    parser = ScriptParser(groups, description)
     parser.set_defaults(
         fp16=True,
         logging_steps=10,
@@ -76,17 +91,17 @@ def parse_arguments(
         flags.liger_kernel_config = LIGER_KERNELS
     if isinstance(flags.report_to, str):
         flags.report_to = flags.report_to.replace(" ", "").split(",")  # several, commas between
-    has_eval_rows = bool(flags.eval_data_path or flags.eval_split)
+    evaluates = bool(flags.eval_data_path or flags.eval_split)
     if flags.eval_strategy is None:
-        flags.eval_strategy = "epoch" if has_eval_rows else "no"
+        flags.eval_strategy = "epoch" if evaluates else "no"
     if flags.load_best_model_at_end:
-        if not has_eval_rows:
+        if not evaluates:
             fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
         if flags.save_strategy == "steps":
             flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
     check_engine(engine_asked_for(flags), flags.use_cpu)
     args = Arguments(*parser.to_dataclasses(flags))
-    check_combinations(args.data, args.training)
+    check_combinations(args, evaluates)
     if args.training.n_gpu > 1:
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
@@ -110,12 +125,13 @@ def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
     return "bfloat16" if training_args.bf16 else "float32"
 
 
-def check_combinations(data_args: DataArguments, training_args: TrainingArguments) -> None:
+def check_combinations(args: Arguments, evaluates: bool) -> None:
     """Refuse flags that exclude each other, or lack a package or a file."""
+    training_args = args.training
     check_trackers(training_args.report_to, training_args.hub_token)
-    if not (data_args.dry_run or data_args.show_rows):
+    if not (args.run.dry_run or args.data.show_rows):
         reach_trackers(training_args.report_to)
-    if data_args.dry_run and count_processes() > 1:
+    if args.run.dry_run and count_processes() > 1:
         fail("--dry_run True measures what one process needs: start it without torchrun or accelerate launch")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
@@ -124,11 +140,11 @@ def check_combinations(data_args: DataArguments, training_args: TrainingArgument
         fail("--activation_checkpointing_kwargs says how to checkpoint: add --gradient_checkpointing True")
     if checkpointing.get("offload") and training_args.device.type != "cuda":
         fail("--activation_checkpointing_kwargs: offload moves activations from a GPU to main memory, and needs a GPU")
-    if training_args.eval_strategy != "no" and not data_args.has_eval_rows():
+    if training_args.eval_strategy != "no" and not evaluates:
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
     if training_args.hub_strategy != "end":
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
-    if data_args.overwrite_output_dir and training_args.resume_from_checkpoint:
+    if args.run.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")
 
 
@@ -143,7 +159,7 @@ def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
     one_row = []
     if batch > 1:
         one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
-    if args.data.has_eval_rows() and training.per_device_eval_batch_size > 1:
+    if (args.data.eval_data_path or args.data.eval_split) and training.per_device_eval_batch_size > 1:
         one_row.append("--per_device_eval_batch_size 1")
     offloads = (training.gradient_checkpointing_kwargs or {}).get("offload")
     can_offload = checkpointing and training.device.type == "cuda" and not offloads

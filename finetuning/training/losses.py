@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.encode import IGNORE_INDEX
 
 LOGITS_MEMORY = 2**27  # bytes of float32 logits in memory at once: 128 MiB, 220 tokens of Qwen's vocabulary
 # The gradient is scaled before it becomes half precision: most of 152k probabilities are below float16's smallest

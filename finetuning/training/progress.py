@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from finetuning.cli.console import cyan, describe_duration, fact, say
 from finetuning.cli.memory import GIB, memory_of_others, peak_reserved, total_memory, used_memory
-from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments
 from finetuning.training.rehearsal import Rehearsal, rehearse
 from finetuning.training.trainer import FineTuningTrainer

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 
 from finetuning.cli.memory import memory_advice, peak_reserved
-from finetuning.preprocessing.token_dataset import row_lengths
+from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments, memory_flags
 
 MOST_ROWS = 4  # named in a message

@@ -21,10 +21,10 @@ from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
 from finetuning.adapter.model_card import make_model_card
 from finetuning.cli.console import attempt, describe_duration, fact, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
+from finetuning.preprocessing.show import mark_answers
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
-from finetuning.preprocessing.token_dataset import row_lengths
-from finetuning.preprocessing.token_view import mark_answers
+from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments
 from finetuning.training.loss_curve import draw_losses
 
@@ -109,7 +109,7 @@ def describe_run(
         settings["num_virtual_tokens"] = config.num_virtual_tokens  # also if the text gave it
     settings |= {name: getattr(args.training, name) for name in SETTINGS.split()}
     settings |= {"max_length": args.data.max_length}
-    counts = {name: getattr(summary, name) for name in ("rows", "whole", "cut", "dropped", "examples")}
+    counts = {name: getattr(summary, name) for name in ("rows", "kept", "truncated", "dropped", "examples")}
     evaluated = {"eval_split": args.data.eval_split} if args.data.eval_split else {"path": args.data.eval_data_path}
     if trainer.eval_dataset:  # without the blank rows of `fill_up`, which have the number 0
         evaluated["examples"] = int(np.count_nonzero(trainer.eval_dataset.with_format("numpy")["row_number"][:]))

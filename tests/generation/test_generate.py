@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from common import load_model
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import AnswerStreamer, generate, make_generation_config
-from finetuning.preprocessing.prompts import encode_messages
+from finetuning.preprocessing.encode import encode
 from finetuning.preprocessing.templates import set_prompt_format
 
 PROMPTS = [[*f"{'ab' * n} c{n}".encode()] for n in range(8)]
@@ -27,7 +27,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_both_stop_tokens_end_an_answer(tokenizer: PreTrainedTokenizerBase, stop: int) -> None:
     """Trap 2: the model's own generation configuration has only <|endoftext|>."""
     model = make_model()
-    prompt = encode_messages([{"role": "user", "content": "a"}], tokenizer)[0]
+    prompt = encode([{"role": "user", "content": "a"}], tokenizer)[-1]["input_ids"]
     assert model.generation_config.eos_token_id == ENDOFTEXT
     force(model, len(prompt), [*b"\nOutput: ok", stop, *b"never"])
     answer = generate(model, tokenizer, [prompt], make_generation_config(tokenizer, 16))[0]

@@ -8,7 +8,7 @@ from support import ENDOFTEXT, IM_END, THINKERS, force, make_model, make_soft, m
 
 from finetuning.generation.generate import make_generation_config
 from finetuning.generation.label_scoring import classify_in_batches, encode_label, score_labels
-from finetuning.preprocessing.prompts import encode_messages, tokenize
+from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import set_prompt_format, set_thinking
 
 LABELS = ["good", "goo", "bad", "neither good nor bad", "好", "好的", "?", "\n\n"]
@@ -32,7 +32,7 @@ def test_scores_equal_brute_force(model_type: str, soft: bool, eos: str) -> None
     tokenizer = make_tokenizer(eos)
     set_prompt_format(tokenizer, "auto")
     model = make_soft(model_type) if soft else make_model(model_type)
-    prompts = [encode_messages([{"role": "user", "content": text}], tokenizer)[0] for text in QUESTIONS]
+    prompts = [encode([{"role": "user", "content": text}], tokenizer)[-1]["input_ids"] for text in QUESTIONS]
     labels = [encode_label(label, tokenizer) for label in LABELS]
     expected = torch.tensor([[brute_force(model, prompt, label) for label in labels] for prompt in prompts])
     scores = score_labels(model, prompts, labels, ENDOFTEXT)
@@ -57,7 +57,7 @@ def test_the_prompt_is_read_once() -> None:
     """Eight labels cost one pass over the prompt, and one over what is left of the labels."""
     tokenizer, model, widths = make_tokenizer(), make_model(), []
     set_prompt_format(tokenizer, "auto")
-    prompt = encode_messages([{"role": "user", "content": "How was the food there? " * 4}], tokenizer)[0]
+    prompt = encode([{"role": "user", "content": "How was the food there? " * 4}], tokenizer)[-1]["input_ids"]
     labels = [encode_label(label, tokenizer) for label in LABELS]
     model.register_forward_pre_hook(lambda *args: widths.append(args[2]["input_ids"].shape), with_kwargs=True)
     score_labels(model, [prompt], labels, ENDOFTEXT)

@@ -26,7 +26,7 @@ from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import generate, make_generation_config
 from finetuning.generation.label_scoring import score_labels
-from finetuning.preprocessing.prompts import pad_token_id
+from finetuning.preprocessing.encode import pad_token_id
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.training.attention import attention, choose_attention, torch_has_varlen
 from finetuning.training.collators import FlattenCollator, PadCollator

@@ -3,6 +3,7 @@
 What is right is what json, csv and pyarrow make of the same bytes when they have all of them at once.
 """
 
+import bz2
 import csv
 import gzip
 import io
@@ -16,10 +17,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from support import damaged, read_or_refuse
-from test_files import FORMS, pack
+from test_files import FORMS, compress
 
-from finetuning.preprocessing import files
-from finetuning.preprocessing.files import read_file
+from finetuning.cli.console import fail
+from finetuning.preprocessing import files, readers
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.readers import read_file
 
 SETTINGS = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -55,17 +58,27 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes, int]
         path = folder / name
         path.write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "CHUNK", chunk)
+            patch.setattr(readers, "CHUNK", chunk)
             patch.setattr(files, "SNIFF", 8)
-            return read_or_refuse(lambda file: [row for _, row in read_file(file)], path)
+            return read_or_refuse(read_raw, path)
 
     return read
 
 
-def unpack(data: bytes) -> bytes:
+def read_raw(path: str) -> list[Any]:
+    try:
+        rows = [row for _, row in read_file(path, ())]
+    except DataError as error:
+        fail(f"{path}: {error}")
+    return rows or fail(f"{path}: holds no rows")
+
+
+def decompressed(data: bytes) -> bytes:
     """With the whole archive in memory, and Python's or Arrow's own checks."""
     if data.startswith(b"\x1f\x8b"):
         return gzip.decompress(data)
+    if data.startswith(b"BZh"):
+        return bz2.decompress(data)
     if data.startswith(b"(\xb5/\xfd"):
         return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
     return data
@@ -92,7 +105,7 @@ def whole_table(text: str, delimiter: str) -> list[Any]:
 
 def whole_file(name: str, data: bytes) -> list[Any]:
     """What the file holds, read at once; raises if it holds nothing that can be read."""
-    data = unpack(data)
+    data = decompressed(data)
     if data.startswith(b"PAR1"):
         return parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     text = data.decode("utf-8-sig")
@@ -145,26 +158,35 @@ def test_damaged_files(
     encodings=st.lists(
         st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "gb18030", "utf-32-le"]), min_size=1, max_size=3
     ),
-    packing=st.sampled_from(["", "gz", "zst"]),
+    compression=st.sampled_from(["", "gz", "zst", "bz2"]),
     chunk=st.sampled_from([1, 3, 1 << 20]),
 )
 def test_mixed_encodings(
-    read: Callable, rows: list[Any], form: str, encodings: list[str], packing: str, chunk: int
+    read: Callable, rows: list[Any], form: str, encodings: list[str], compression: str, chunk: int
 ) -> None:
     """Parts of a file in different encodings, as after `cat a.csv b.csv > c.csv`."""
     text = FORMS[form](rows).decode()
     size = -(-len(text) // len(encodings))
     parts = [text[number * size :][:size].encode(encoding) for number, encoding in enumerate(encodings)]
     data = b"".join(parts)
-    name = f"rows.{form}" + (f".{packing}" if packing else "")
-    found = read(name, pack(data, packing) if packing else data, chunk)
+    name = f"rows.{form}" + (f".{compression}" if compression else "")
+    found = read(name, compress(data, compression) if compression else data, chunk)
     if found is not None:
         assert same(found, whole_file(name, data))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.json.gz", "a.csv.zst", "a"])
 def test_empty_files(read: Callable, name: str) -> None:
-    for data in (b"", b"\n \n", b"\xef\xbb\xbf", b"[", b"[]", b"[[[[]]]]"[:7], gzip.compress(b""), pack(b"", "zst")):
+    for data in (
+        b"",
+        b"\n \n",
+        b"\xef\xbb\xbf",
+        b"[",
+        b"[]",
+        b"[[[[]]]]"[:7],
+        gzip.compress(b""),
+        compress(b"", "zst"),
+    ):
         assert read(name, data, 1) is None
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import damaged, read_or_refuse
+from support import damaged, read_all, read_or_refuse
 
-from finetuning.preprocessing.rows import load_rows
-from finetuning.preprocessing.schema import RowError, read_row
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.rows import normalize_row
 
 # Characters that have broken readers before: line separators, quotes, brackets, a byte-order mark, wide characters.
 TEXT = st.text(
@@ -54,19 +54,22 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[dic
 
     def read(data: bytes) -> list[dict[str, Any]] | None:
         path.write_bytes(data)
-        return read_or_refuse(load_rows, path)
+        return read_or_refuse(read_all, path)
 
     return read
 
 
 def expected(rows: list[Any]) -> list[Any]:
-    return [row if "messages" in row else row | {"input": row.get("input") or ""} for row in rows]
+    """Null is absent, and so is an empty task."""
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    rows = [{name: value for name, value in row.items() if (name, value) != ("task", "")} for row in rows]
+    return [row if "messages" in row else {"input": ""} | row for row in rows]
 
 
 def is_good(row: Any) -> bool:
     try:
-        return bool(read_row(row, output_required=True))
-    except RowError:
+        return bool(normalize_row(row, {}, output_required=True))
+    except DataError:
         return False
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer, preprocess, preprocess_row
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX, encode_messages, split_turns
-from finetuning.preprocessing.rows import question
+from finetuning.adapter.folder import choose_thinking
+from finetuning.generation.generate import parse_generated, without_answer
+from finetuning.preprocessing.encode import IGNORE_INDEX, encode
+from finetuning.preprocessing.rows import split_reasoning
 from finetuning.preprocessing.summary import Summary
-from finetuning.preprocessing.templates import is_thinking, read_answer, set_prompt_format, set_thinking, split_thought
-from finetuning.preprocessing.thoughts import choose_mode
+from finetuning.preprocessing.templates import is_thinking, set_prompt_format, set_thinking
 
 THOUGHT = {"instruction": "Go", "output": " ok\n\n", "reasoning_content": "hm\n\nhm"}
 PLAIN = {"instruction": "Go", "output": " ok\n\n"}
@@ -25,8 +26,11 @@ def tokenizer_for(template: str):
 
 
 def parts(row: dict, tokenizer) -> tuple[str, str]:
-    """What an example reads, and what it learns to write."""
-    example = preprocess_row(row, tokenizer, 1000)
+    """What the only example of a row reads, and what it learns to write."""
+    return split(preprocess_row(row, tokenizer, 1000), tokenizer)
+
+
+def split(example: dict, tokenizer) -> tuple[str, str]:
     read = sum(label == IGNORE_INDEX for label in example["labels"])
     assert example["labels"][read:] == example["input_ids"][read:]
     return tokenizer.decode(example["input_ids"][:read]), tokenizer.decode(example["input_ids"][read:])
@@ -61,7 +65,7 @@ def test_any_program_asks_in_the_saved_mode(name: str) -> None:
         assert is_thinking(tokenizer) == thinking
         asked = tokenizer.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
         assert asked == parts(THOUGHT if thinking else PLAIN, tokenizer)[0]
-        assert tokenizer.decode(encode_messages(USER, tokenizer)[0]) == asked
+        assert tokenizer.decode(encode(USER, tokenizer)[-1]["input_ids"]) == asked
     set_thinking(tokenizer, False)
     template = tokenizer.chat_template
     set_prompt_format(tokenizer, "auto")  # once more, as inference does
@@ -87,8 +91,7 @@ def test_conversations(name: str) -> None:
     tokenizer = tokenizer_for(name)
     messages = [*USER, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
     messages += [{"role": "user", "content": "On"}, {"role": "assistant", "content": "b\n"}]
-    rows = split_turns({"messages": messages}, tokenizer)
-    written = [parts(row, tokenizer) for row in rows]
+    written = [split(example, tokenizer) for example in encode(messages, tokenizer)]
     assert [answer.replace("<think>\n", "") for _, answer in written] == [
         "hm\n</think>\n\na<|im_end|>",
         "b\n<|im_end|>",
@@ -106,9 +109,9 @@ def test_generated_thoughts_are_told_from_answers() -> None:
     for name, text in [("switch", "<think>\nhm\n</think>\n\n  ok"), ("opens", "hm\n</think>\n\n  ok")]:
         tokenizer = tokenizer_for(name)
         set_thinking(tokenizer, True)
-        assert read_answer(text, tokenizer) == ("hm", "  ok")
-        assert read_answer(text.split("</think>")[0], tokenizer) == ("hm", "")  # cut
-    assert split_thought("a <think>b</think>") == ("", "a <think>b</think>")
+        assert parse_generated(text, tokenizer) == ("hm", "  ok")
+        assert parse_generated(text.split("</think>")[0], tokenizer) == ("hm", "")  # cut
+    assert split_reasoning("a <think>b</think>") == ("", "a <think>b</think>")
 
 
 def write(tmp_path: Path, *rows: dict) -> str:
@@ -124,9 +127,9 @@ def test_most_rows_choose_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture
     examples = preprocess(path, tokenizer, 1000).dataset
     text = [tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) for row in examples]
     assert text[1:] == ["<think>\nhm\n</think>\n\nok<|im_end|>", " ok\n\n<|im_end|>", "ok<|im_end|>"]
-    assert "2 rows have a thought before their answer: learnt in thinking mode" in capsys.readouterr().out
+    assert "2 rows have reasoning before their answer: trained in thinking mode" in capsys.readouterr().out
     for wanted, rows, thinking in [("auto", 4, False), ("auto", 3, True), ("on", 4, True)]:
-        choose_mode(tokenizer, Summary(path, rows=rows, thoughts=2), wanted)
+        choose_thinking(tokenizer, Summary(path, rows=rows, reasoning=2), wanted)
         assert is_thinking(tokenizer) == thinking
 
 
@@ -134,14 +137,14 @@ def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.Capture
     tokenizer = tokenizer_for("opens")
     messages = [*USER, {"role": "assistant", "content": "<think>hm</think>ok"}]
     data = preprocess(write(tmp_path, THOUGHT, {"messages": messages}), tokenizer, 1000, "off")
-    assert "2 rows have a thought before their answer: left out" in capsys.readouterr().out
+    assert "2 rows have reasoning before their answer: left out" in capsys.readouterr().out
     assert all("hm" not in tokenizer.decode(row["input_ids"]) for row in data.dataset) and len(data.dataset) == 2
     with pytest.raises(SystemExit):
-        choose_mode(tokenizer, data.summary, "on")
+        choose_thinking(tokenizer, data.summary, "on")
     assert "--thinking on: no row of" in capsys.readouterr().err
 
 
 def test_a_question_has_neither_answer_nor_thought() -> None:
-    assert question(THOUGHT) == {"instruction": "Go"}
+    assert without_answer(THOUGHT) == {"instruction": "Go"}
     messages = [*USER, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]
-    assert question({"messages": messages}) == {"messages": USER}
+    assert without_answer({"messages": messages}) == {"messages": USER}

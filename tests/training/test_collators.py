@@ -5,7 +5,7 @@ import torch
 from support import FLAT, HYBRID, loss_alone, make_model, make_rows
 from transformers import AutoConfig
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX
+from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 
 

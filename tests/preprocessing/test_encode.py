@@ -5,15 +5,10 @@ import random
 import pytest
 from support import CHATML, ENDOFTEXT, IM_END, IM_START, NEWLINES, THINKING, make_tokenizer, preprocess_row
 
-from common import to_messages
-from finetuning.preprocessing.prompts import (
-    IGNORE_INDEX,
-    encode_messages,
-    split_turns,
-    stop_token_ids,
-)
-from finetuning.preprocessing.templates import PLAIN_TEMPLATE, prompt_format, read_answer, set_prompt_format
-from inference import question
+from finetuning.generation.generate import encode_question, parse_generated
+from finetuning.preprocessing.encode import IGNORE_INDEX, encode, stop_token_ids, to_messages
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.templates import PLAIN_TEMPLATE, prompt_format, set_prompt_format
 
 ROW = {"instruction": "Go", "input": "on", "output": "ok"}
 NASTY = [
@@ -65,7 +60,7 @@ def test_contract_snippet_asks_what_training_asked() -> None:
     tokenizer = tokenizer_for("plain")
     text = "Instruction: 翻译为英文\nInput: 早安"
     row = {"instruction": "翻译为英文", "input": "早安"}
-    assert encode_messages(to_messages(row, tokenizer), tokenizer)[0] == tokenizer(text).input_ids
+    assert encode(to_messages(row, tokenizer), tokenizer)[-1]["input_ids"] == tokenizer(text).input_ids
 
 
 def test_chat_row() -> None:
@@ -98,9 +93,9 @@ def test_thinking_is_off_in_the_template_itself() -> None:
 
 def test_templates_of_older_adapters_do_not_think_either() -> None:
     tokenizer = tokenizer_for("thinking")
-    prompt = encode_messages([{"role": "user", "content": "Go"}], tokenizer)[0]
+    prompt = encode([{"role": "user", "content": "Go"}], tokenizer)[-1]["input_ids"]
     tokenizer.chat_template = THINKING
-    assert encode_messages([{"role": "user", "content": "Go"}], tokenizer)[0] == prompt
+    assert encode([{"role": "user", "content": "Go"}], tokenizer)[-1]["input_ids"] == prompt
 
 
 def test_chat_without_template_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +127,7 @@ def test_inference_prompt_begins_the_training_row(name: str) -> None:
             for output in NASTY:
                 row = {"instruction": instruction, "input": text, "output": output}
                 example = preprocess_row(row, tokenizer, max_length=1000)
-                prompt = encode_messages(to_messages(question(row), tokenizer), tokenizer)[0]
+                prompt = encode_question(row, tokenizer)
                 assert example["input_ids"][: len(prompt)] == prompt
                 assert example["labels"][: len(prompt)] == [IGNORE_INDEX] * len(prompt)
                 assert example["labels"][len(prompt) :] == example["input_ids"][len(prompt) :]
@@ -164,10 +159,9 @@ def test_control_tokens_in_user_text_are_text(name: str) -> None:
 def test_every_answer_of_a_conversation_is_supervised() -> None:
     tokenizer = tokenizer_for("chat")
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
-    assert split_turns({"messages": messages}, tokenizer) == [{"messages": messages}]
-    example = preprocess_row({"messages": messages}, tokenizer, max_length=1000)
+    (example,) = encode(messages, tokenizer)
     assert [label for label in example["labels"] if label != IGNORE_INDEX] == [*b"b", IM_END, *b"d", IM_END]
-    prompt = encode_messages(messages[:3], tokenizer)[0]
+    prompt = encode(messages[:3], tokenizer)[-1]["input_ids"]
     assert example["input_ids"] == [*prompt, *b"d", IM_END]
 
 
@@ -175,21 +169,17 @@ def test_rewriting_template_gives_one_row_for_each_answer() -> None:
     """Qwen3's template removes the thinking block from earlier turns: each answer is learnt after its real prompt."""
     tokenizer = tokenizer_for("thinking")
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
-    parts = split_turns({"messages": messages}, tokenizer)
-    assert [len(part["messages"]) for part in parts] == [2, 4]
-    for part, answer in zip(parts, [b"b", b"d"], strict=True):
-        example = preprocess_row(part, tokenizer, max_length=1000)
+    for example, answer, end in zip(encode(messages, tokenizer), [b"b", b"d"], [1, 3], strict=True):
         assert [label for label in example["labels"] if label != IGNORE_INDEX] == [*answer, IM_END]
-        prompt = encode_messages(part["messages"][:-1], tokenizer)[0]
+        prompt = encode(messages[:end], tokenizer)[-1]["input_ids"]
         assert prompt[-len(b"<think>\n\n</think>\n\n") + 2 :] == [*b"<think>", NEWLINES, *b"</think>", NEWLINES]
         assert example["input_ids"] == [*prompt, *answer, IM_END]
 
 
-def test_template_that_ends_no_answer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_template_that_ends_no_answer_is_refused() -> None:
     tokenizer = make_tokenizer("<|im_end|>", "{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
-    with pytest.raises(SystemExit):
+    with pytest.raises(DataError, match="--prompt_format plain"):
         preprocess_row(ROW, tokenizer, max_length=100)
-    assert "--prompt_format plain" in capsys.readouterr().err
 
 
 def test_cut_rows_get_no_false_end() -> None:
@@ -210,4 +200,4 @@ def test_random_text_survives(seed: int = 0) -> None:
         ids = preprocess_row(ROW | {"output": text}, tokenizer, max_length=1000)
         answer = tokenizer.decode([label for label in ids["labels"][:-1] if label != IGNORE_INDEX])
         assert answer == f"\nOutput: {text}"
-        assert read_answer(answer, tokenizer) == ("", text)
+        assert parse_generated(answer, tokenizer) == ("", text)

@@ -1,14 +1,14 @@
-"""token_view.py: rows and prompts as people see them."""
+"""show.py: rows and prompts as people see them."""
 
 import re
 
 import pytest
 from support import ENDOFTEXT, make_tokenizer, preprocess_row
 
-from finetuning.preprocessing.prompts import tokenize
+from finetuning.preprocessing.dataset import TOKENS
+from finetuning.preprocessing.encode import IGNORE_INDEX, tokenize
+from finetuning.preprocessing.show import MOST_SHOWN, list_tokens, mark_answers, print_rows
 from finetuning.preprocessing.templates import set_prompt_format
-from finetuning.preprocessing.token_dataset import SCHEMA
-from finetuning.preprocessing.token_view import MOST_SHOWN, list_tokens, mark_answers, print_rows
 
 ROW = {"instruction": "Go", "input": "on", "output": "ok"}
 
@@ -23,21 +23,23 @@ def show(row: dict[str, str], max_length: int = 1000) -> None:
     from datasets import Dataset
 
     ids, tokenizer = example(row, max_length)
-    columns = ids | {"length": len(ids["input_ids"]), "row_number": 7}
-    assert columns.keys() == set(SCHEMA.names)
+    supervised = sum(label != IGNORE_INDEX for label in ids["labels"])
+    counts = {"length": len(ids["input_ids"]), "row_number": 7, "supervised": supervised}
+    columns = ids | counts | {"is_truncated": max_length < 1000}
+    assert columns.keys() == TOKENS.keys()
     print_rows(Dataset.from_list([columns]), 5, tokenizer)
 
 
 def test_mark_answers_shows_what_is_learnt() -> None:
     ids, tokenizer = example(ROW)
     text = mark_answers(ids["input_ids"], ids["labels"], tokenizer)
-    assert text == "  reads     'Instruction: Go\\nInput: on'\n  writes    '\\nOutput: ok<|endoftext|>'"
+    assert text == "  reads  'Instruction: Go\\nInput: on'\n  writes '\\nOutput: ok<|endoftext|>'"
 
 
 def test_every_id_is_shown_once_and_characters_stay_whole() -> None:
     tokenizer = make_tokenizer()
     text = "a早🙂\n \ufffd"
-    ids = tokenize(text, tokenizer) + [ENDOFTEXT, 0x97]  # the last is half a character
+    ids = tokenize([text], tokenizer)[0] + [ENDOFTEXT, 0x97]  # the last is half a character
     shown = list_tokens(ids, tokenizer)
     assert [int(number) for group in re.findall(r"' (\d[\d,]*)", shown) for number in group.split(",")] == ids
     assert "'a' 97  '早' 230,151,169  '🙂' 240,159,153,130  '\\n' 10" in shown
@@ -49,10 +51,10 @@ def test_every_id_is_shown_once_and_characters_stay_whole() -> None:
 def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     show(ROW)
     printed = capsys.readouterr().out
-    assert "row 7: 37 tokens, 12 of them learnt\n  reads  'Instruction: Go\\nInput: on'\n" in printed
+    assert "row 7: 37 tokens, 12 of them supervised\n  reads  'Instruction: Go\\nInput: on'\n" in printed
     assert "'o' 111  'k' 107  '<|endoftext|>' 257\n" in printed and "\033" not in printed
     show(ROW, 30)
-    assert "30 tokens, 5 of them learnt, cut: it has no stop token at its end" in capsys.readouterr().out
+    assert "30 tokens, 5 of them supervised, truncated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])

@@ -1,4 +1,4 @@
-"""schema.py: what a row means reaches the loss, or the row is refused with the reason (traps 53, 54, 58, 71)."""
+"""rows.py: what a row means reaches the loss, or the row is refused with the reason (traps 53, 54, 58, 71)."""
 
 import gzip
 import json
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import THINKING, make_tokenizer, preprocess
+from support import THINKING, make_tokenizer, preprocess, read_all
 
-from finetuning.preprocessing.prompts import IGNORE_INDEX
-from finetuning.preprocessing.rows import load_rows
+from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.preprocessing.templates import set_prompt_format
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -90,8 +89,8 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
     path = write(tmp_path, {"messages": TURNS}, ROW | {"id": 7}, ROW | {"id": 8, "source": "x", "note": None})
     learnt(path, chat_template=THINKING)
     printed = capsys.readouterr().out
-    assert f"{path}: 3 rows (4 examples), all kept whole" in printed
-    assert f"{path}: not read: id (2 rows), source (1 rows)" in printed  # trap 54
+    assert f"{path}: 3 rows (4 examples), all kept\n" in printed
+    assert f"{path}: ignored fields: id (2 rows), source (1 rows)" in printed  # trap 54
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -111,12 +110,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"messages": [OPEN_AI[0] | {"reasoning_content": "hm"}, OPEN_AI[1]]},
         ["message 1: 'reas"],
     ),
-    "no end of a thought": (ROW | {"output": "<think>hm"}, ["'output': a thought stands", "to </think>"]),
-    "no start of a thought": (ROW | {"output": "hm</think>b"}, ["'output': a thought stands", "from <think>"]),
-    "two thoughts": (ROW | {"output": "<think>hm</think>b", "reasoning_content": "hm"}, ["in 'output' and another"]),
+    "no end of reasoning": (ROW | {"output": "<think>hm"}, ["'output': reasoning stands", "to </think>"]),
+    "no start of reasoning": (ROW | {"output": "hm\n</think>\n\nb"}, ["'output': reasoning stands", "from <think>"]),
+    "two thoughts": (ROW | {"output": "<think>hm</think>b", "reasoning_content": "hm"}, ["in 'output' and more"]),
     "thought in the history": (
         ROW | {"history": [["a", "<think>hm</think>b"]]},
-        ["'history' has a thought", "'messages'"],
+        ["'history' has reasoning", "'messages'"],
     ),
     "thought that is a number": (ROW | {"reasoning_content": 1}, ["'reasoning_content'", "is the number 1"]),
     "thought beside messages": (
@@ -151,7 +150,7 @@ def test_what_is_refused(
     for output_required in (True, False):
         if output_required or "'output'" not in words[0]:
             with pytest.raises(SystemExit) as stop:
-                load_rows(write(tmp_path, ROW, row), output_required)
+                read_all(write(tmp_path, ROW, row), output_required=output_required)
             message = capsys.readouterr().err
             assert stop.value.code == 2 and "row 2: " in message and len(message.splitlines()) == 1
             for word in words:
@@ -159,30 +158,30 @@ def test_what_is_refused(
 
 
 FORMATS = {
-    "rows.parquet": (b"PAR1...", ["is damaged or not whole", "download it again"]),
-    "text.parquet": (b"{}", ["not a parquet file", "PAR1"]),
+    "rows.parquet": (b"PAR1...", ["is damaged or not complete", "download it again"]),
+    "text.parquet": (b"{}", ["not a Parquet file", "PAR1"]),
     "pointer.parquet": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
         ["Git LFS pointer", "git lfs pull"],
     ),
-    "rows.json.gz": (gzip.compress(b"[]" * 50)[:-9], ["is damaged or not whole"]),
-    "packed.json.gz": (gzip.compress(b"PK\x03\x04..."), ["is a zip file", "unpack it first"]),
-    "parquet.gz": (gzip.compress(b"PAR1..."), ["is a packed parquet file", "gunzip -k"]),
+    "rows.json.gz": (gzip.compress(b"[]" * 50)[:-9], ["is damaged or not complete"]),
+    "zipped.json.gz": (gzip.compress(b"PK\x03\x04..."), ["is a zip file", "decompress it first"]),
+    "parquet.gz": (gzip.compress(b"PAR1..."), ["is a compressed Parquet file, with gzip"]),
     "rows.xlsx": (b"PK\x03\x04...", ["an Excel file", "read_excel"]),
     "rows.xls": (b"\xd0\xcf\x11\xe0...", ["an Excel file", "read_excel"]),
     "rows.arrow": (b"ARROW1...", ["an Arrow file", "read_feather"]),
-    "rows.jsonl.bz2": (b"BZh9...", ["bzip2", "bunzip2 -k"]),
+    "rows.jsonl.bz2": (b"BZh9...", ["is damaged or not complete"]),
     "rows.json.xz": (b"\xfd7zXZ\x00...", ["xz", "unxz -k"]),
     "rows.tar.gz": (gzip.compress(b"rows.json".ljust(257, b"\0") + b"ustar\0" + b"00"), ["is a tar file", "tar xf"]),
-    "rows.jsonl.zst": (b"(\xb5/\xfd...", ["is damaged or not whole"]),
+    "rows.jsonl.zst": (b"(\xb5/\xfd...", ["is damaged or not complete"]),
     "fields.csv": (b"instruction,output\na,b\na,b,c\n", ["line 3", "has 3 fields, and the header 2"]),
     "quote.csv": (b'instruction,output\na,"b\nc,d\n', ["line 2", "not valid CSV"]),
     "semicolons.csv": (b"instruction;output\na;b\n", ["line 1", "holds one column", "commas"]),
-    "twice.csv": (b"instruction,output,output\na,b,c\n", ["line 1", "two columns have the same name"]),
-    "header.csv": (b"instruction,output\n", ["has a header but no rows"]),
-    "gbk.csv": ("instruction,output\n你好,b\n".encode("gbk"), ["byte 19", "GBK"]),
+    "twice.csv": (b"instruction,output,output\na,b,c\n", ["two columns have the same name"]),
+    "header.csv": (b"instruction,output\n", ["holds no rows"]),
+    "gbk.csv": ("instruction,output\n你好,b\n".encode("gbk"), ["line 2", "GBK"]),
     "utf16.tsv": ("instruction\toutput\na\tb\n".encode("utf-16"), ["UTF-16"]),
-    "words.csv": (b"messages\n[oops\n", ["line 2", "'messages' in a table must be JSON text"]),
+    "words.csv": (b"messages\n[oops\n", ["line 2", "'messages' is text, and not valid JSON"]),
 }
 
 
@@ -192,7 +191,7 @@ def test_other_formats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     content, words = FORMATS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit):
-        load_rows(str(tmp_path / name))
+        read_all(str(tmp_path / name))
     message = capsys.readouterr().err
     assert (
         all(word in message for word in words)
@@ -206,5 +205,5 @@ def test_zip_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         file.writestr("rows.json", "[]")
     for path, words in ((tmp_path / "rows.zip", "unzip"), (tmp_path / "*.json", "no file matches this pattern")):
         with pytest.raises(SystemExit):
-            load_rows(str(path))
+            read_all(str(path))
         assert words in capsys.readouterr().err

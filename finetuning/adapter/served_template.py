@@ -11,18 +11,17 @@ from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.preprocessing.prompts import encode_messages, tokenize
+from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import (
     MERGED_MARK,
-    MODES,
-    NO_THOUGHT,
+    NO_REASONING,
     PLAIN_ANSWER,
     PLAIN_MARK,
     STOP_TOKENS,
+    THINKING_SWITCH,
     Message,
     prompt_format,
     render,
-    render_prompt,
     stop_tokens,
 )
 
@@ -58,8 +57,8 @@ def serve_template(template: str, tokens: list[str], plain_start: str = "") -> s
         tokens: those of a soft prompt, which every conversation begins with.
         plain_start: what a prompt in the plain format ends with, from `choose_plain_start`.
     """
-    head = next((mark for mark in (*MODES.values(), PLAIN_MARK) if template.startswith(mark)), "")
-    tail = NO_THOUGHT if template.endswith(NO_THOUGHT) else ""
+    head = next((mark for mark in (*THINKING_SWITCH.values(), PLAIN_MARK) if template.startswith(mark)), "")
+    tail = NO_REASONING if template.endswith(NO_REASONING) else ""
     body = template.removeprefix(head).removesuffix(tail).removeprefix(MERGED_MARK)
     if plain_start:
         tail += "{%- if add_generation_prompt %}{{- " + json.dumps(plain_start) + " }}{%- endif %}"
@@ -82,15 +81,15 @@ def choose_plain_start(
     """
     if prompt_format(tokenizer) != "plain":
         return ""
-    start = tokenize(PLAIN_START, tokenizer)
+    (start,) = tokenize([PLAIN_START], tokenizer)
     if any(answer[: len(start)] != start for answer in answers):
         return ""
     for *before, last in questions:
         for end in ENDS:
             messages = [*before, last | {"content": last["content"] + end}]
-            prompt = render_prompt(messages, tokenizer)
-            together = tokenize(prompt + PLAIN_START, tokenizer)
-            if prompt.endswith(PLAIN_START) or together != encode_messages(messages, tokenizer)[0] + start:
+            prompt = render(messages, tokenizer, tokenizer.chat_template, add_generation_prompt=True)
+            (together,) = tokenize([prompt + PLAIN_START], tokenizer)
+            if prompt.endswith(PLAIN_START) or together != encode(messages, tokenizer)[-1]["input_ids"] + start:
                 return ""
     return PLAIN_START
 
@@ -123,7 +122,11 @@ def write_modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, greedy: bo
 
 def take_apart(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     """What the tokenizer's template writes before, between and after messages; None if that depends on more than their
-    roles."""
+    roles, or if it trims them: Go's template would not."""
+    spaced = [{"role": role, "content": f" {role} "} for role in ("system", "user", "assistant", "user")]
+    text = render(spaced, tokenizer, tokenizer.chat_template)
+    if not all(message["content"] in text for message in spaced):
+        return None
 
     def parts(*roles: str) -> list[str]:
         """The text of a conversation between its messages."""

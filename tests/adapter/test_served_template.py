@@ -5,14 +5,14 @@ import re
 import pytest
 from support import CHATML, THINKERS, make_tokenizer
 
-from finetuning.preprocessing.prompts import encode_messages, tokenize
-from finetuning.preprocessing.served_template import (
+from finetuning.adapter.served_template import (
     choose_plain_start,
     serve_template,
     soft_tokens,
     take_apart,
     write_modelfile,
 )
+from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import set_prompt_format, set_thinking
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
@@ -47,7 +47,7 @@ def test_start_of_a_plain_answer() -> None:
     """In the prompt, where a chat does not show it, if that gives the trained token ids for every question."""
     tokenizer = tokenizer_for("plain")
     question = [USER | {"content": "翻译\nInput: 早安"}]
-    answer = tokenize("\nOutput: ok", tokenizer)
+    (answer,) = tokenize(["\nOutput: ok"], tokenizer)
     assert choose_plain_start(tokenizer, [question], [answer]) == ""  # the tokenizer joins two line breaks
     together = make_tokenizer()
     together.backend_tokenizer.model = type(together.backend_tokenizer.model)(
@@ -57,7 +57,7 @@ def test_start_of_a_plain_answer() -> None:
     assert choose_plain_start(together, [question], [answer]) == "\nOutput:"
     assert choose_plain_start(together, [question], [answer, answer[1:]]) == ""  # an answer begins otherwise
     together.chat_template = serve_template(together.chat_template, [], "\nOutput:")
-    assert tokenize("\nOutput:", together) == encode_messages(question, together)[0][-8:]
+    assert tokenize(["\nOutput:"], together)[0] == encode(question, together)[-1]["input_ids"][-8:]
     assert choose_plain_start(together, [question], [answer]) == ""  # it is there
     assert choose_plain_start(tokenizer_for("ChatML"), [question], [answer]) == ""
 
@@ -84,6 +84,9 @@ def test_modelfile(name: str, thinking: bool) -> None:
     tokenizer = tokenizer_for(name, thinking)
     tokenizer.chat_template = serve_template(tokenizer.chat_template, soft_tokens(2))
     modelfile = write_modelfile(tokenizer, "model.gguf", greedy=True)
+    assert (modelfile is None) == (name == "opens")  # it trims answers, as Qwen3.5's trims all texts: Go's would not
+    if modelfile is None:
+        return
     template = re.search('TEMPLATE """(.*?)"""\n', modelfile, flags=re.S)[1]
     for messages in CONVERSATIONS:
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -1,69 +1,57 @@
-"""Label words: finding them in the answers of a data file, and choosing those that an answer may be."""
+"""Label words: those of a task, and those that `--labels` lets an answer be."""
 
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
 from finetuning.cli.console import fail, warn
-from finetuning.preprocessing.rows import NO_TASK
+from finetuning.preprocessing.rows import NO_TASK, Row, task_of
+from finetuning.preprocessing.summary import Summary, as_label
 
 # Answers are label words if there are few of them, they are short, and each comes often.
-MOST_LABELS = 200
-LONGEST_LABEL = 40  # characters
+MOST_LABELS = 200  # of a task that `--labels auto` knows
 ROWS_PER_LABEL = 3
-MOST_COUNTED = 10_000  # different answers of a task; with more of them they are texts
+MOST_ODD = 0.01  # share of a task's answers that may be no label words, such as one empty answer among 2,000
 
 
-@dataclass
-class AnswerCounts:
-    """The answers of a task: how many, and which, as long as they may be label words."""
-
-    count: int = 0
-    words: dict[str, None] | None = field(default_factory=dict)  # in order of appearance; None if answers are texts
-
-    def add(self, answer: str) -> None:
-        self.count += 1
-        if not 0 < len(answer) <= LONGEST_LABEL or "\n" in answer:
-            self.words = None
-        elif self.words is not None:
-            self.words[answer] = None
-
-    def merge(self, other: "AnswerCounts") -> None:
-        """Add the answers that follow."""
-        self.count += other.count
-        if self.words is None or other.words is None or len(self.words) > MOST_COUNTED:
-            self.words = None
-        else:
-            self.words.update(other.words)
-
-    def labels(self) -> list[str] | None:
-        """The label words; None if the answers are texts, or too few to tell."""
-        if not self.words or len(self.words) < 2 or ROWS_PER_LABEL * len(self.words) > self.count:
-            return None
-        return list(self.words)
+def labels_of_tasks(summary: Summary) -> dict[str, list[str]]:
+    """The label words of each task of the data that has some."""
+    counts: dict[str, dict[str | None, int]] = {}
+    for answer in summary.answers:
+        counts.setdefault(answer["task"], {})[answer["label"]] = answer["count"]
+    found = {task: label_words(of_task, MOST_ODD) for task, of_task in counts.items()}
+    return {task: labels for task, labels in found.items() if labels}
 
 
-def find_labels(answers: list[str]) -> list[str] | None:
+def find_labels(answers: Iterable[str]) -> list[str] | None:
     """The label words among a task's answers, in order of appearance; None if the answers are texts."""
-    counts = AnswerCounts()
-    for answer in answers:
-        counts.add(answer)
-    return counts.labels()
+    return label_words(Counter(map(as_label, answers)))
 
 
-def warn_about_labels(labels: dict[str, list[str]]) -> None:
-    """Name label words that look the same, and tasks with more of them than `--labels auto` knows.
+def label_words(counts: dict[str | None, int], most_odd: float = 0) -> list[str] | None:
+    """The label words of a task; None if its answers are texts, or too few to tell.
 
     Args:
-        labels: of each task.
+        counts: how often each answer comes, in order of appearance; None stands for those that are no label words.
+        most_odd: share of the answers that may be none.
     """
-    for task, words in labels.items():
-        for one, other in look_alikes(words):
+    words, total = [word for word in counts if word is not None], sum(counts.values())
+    is_task = len(words) > 1 and ROWS_PER_LABEL * len(words) <= total and counts.get(None, 0) <= most_odd * total
+    return words if is_task else None
+
+
+def warn_about_labels(summary: Summary) -> None:
+    """Name label words that look the same, answers that are none, and tasks with more than `--labels auto` knows."""
+    odd = {answer["task"]: answer["first"] for answer in summary.answers if answer["label"] is None}
+    for task, labels in labels_of_tasks(summary).items():
+        for one, other in look_alikes(labels):
             warn(f"task '{task}': the answers {one!r} and {other!r} are different label words; is one of them a typo?")
-        if len(words) > MOST_LABELS:
-            warn(f"task '{task}' has {len(words)} label words: --labels auto knows at most {MOST_LABELS} of a task")
+        if len(labels) > MOST_LABELS:
+            warn(f"task '{task}' has {len(labels)} label words: --labels auto knows at most {MOST_LABELS} of a task")
+        if task in odd:
+            warn(f"task '{task}' has {len(labels)} label words, but the answer in row {odd[task]} is empty or long")
 
 
 def look_alikes(labels: list[str]) -> list[tuple[str, str]]:
@@ -91,11 +79,11 @@ def parse_labels(text: str) -> tuple[str, ...]:
     return labels
 
 
-def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list[str]]) -> list[tuple[str, ...]]:
+def choose_labels(wanted: str, rows: list[Row], known: dict[str, list[str]]) -> list[tuple[str, ...]]:
     """The labels for each row: those given with `--labels` or, with auto, those of its task in the training data.
 
     Args:
-        known: what `Summary.labels` found in the training data.
+        known: the label words of each task in the training data: `labels_of_tasks`.
 
     Raises:
         SystemExit: code 2, if there are fewer than two labels, or none are known for a row's task.
@@ -110,7 +98,7 @@ def choose_labels(wanted: str, rows: list[dict[str, Any]], known: dict[str, list
     many = {task: labels for task, labels in known.items() if len(labels) > MOST_LABELS}
     chosen = []
     for number, row in enumerate(rows, 1):
-        task = str(row.get("task", NO_TASK))
+        task = task_of(row)
         if len(known) == 1 and (task == NO_TASK or NO_TASK in known):  # the only task there is, here or in training
             task = next(iter(known))
         if task not in known:

@@ -1,14 +1,9 @@
-"""label_words.py: which answers count as label words, and how people name them (trap 74)."""
+"""labels.py: which answers count as label words, and how people name them (trap 74)."""
 
 import pytest
 
-from finetuning.preprocessing.label_words import (
-    MOST_LABELS,
-    choose_labels,
-    find_labels,
-    parse_labels,
-    warn_about_labels,
-)
+from finetuning.generation.labels import MOST_LABELS, choose_labels, find_labels, parse_labels, warn_about_labels
+from finetuning.preprocessing.summary import Summary
 
 
 def test_what_counts_as_label_words() -> None:
@@ -32,12 +27,16 @@ def test_labels_that_cannot_be_read(text: str, capsys: pytest.CaptureFixture[str
     assert f"--labels {text}" in capsys.readouterr().err
 
 
+def summary(words: list[str]) -> Summary:
+    return Summary(answers=[{"task": "mood", "label": word, "count": 3, "first": 1} for word in words])
+
+
 def rows(*answers: str) -> list[dict[str, str]]:
     return [{"instruction": "a", "output": answer, "task": "mood"} for answer in answers]
 
 
 def test_words_that_look_the_same_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    warn_about_labels({"mood": ["正面", "正面 ", "负面", "Good", "ＧＯＯＤ"]})
+    warn_about_labels(summary(["正面", "正面 ", "负面", "Good", "ＧＯＯＤ"]))
     message = capsys.readouterr().err
     assert "'正面' and '正面 ' are different" in message and "'Good' and 'ＧＯＯＤ'" in message
     assert len(message.splitlines()) == 2
@@ -45,7 +44,7 @@ def test_words_that_look_the_same_are_named(capsys: pytest.CaptureFixture[str]) 
 
 def test_too_many_words_are_said_when_training_and_when_asking(capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"w{n}" for n in range(MOST_LABELS + 1)]
-    warn_about_labels({"mood": words})
+    warn_about_labels(summary(words))
     assert f"{MOST_LABELS + 1} label words: --labels auto knows at most {MOST_LABELS}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         choose_labels("auto", rows("w1"), {"mood": words})

@@ -1,0 +1,287 @@
+"""Step 6: the tokens of a run, to train and to evaluate on.
+
+Rows are read and checked one after the other, then tokenised by `datasets`. Small files stay in memory. Large ones are
+tokenised once, and mapped into memory from the token cache.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from finetuning.cli.console import fail, first_line, is_disk_error, is_main_process, progress_bar, say
+from finetuning.preprocessing.encode import IGNORE_INDEX, Example
+from finetuning.preprocessing.files import DataError, find_files, hash_files
+from finetuning.preprocessing.flags import DataArguments
+from finetuning.preprocessing.rows import (
+    Row,
+    expected_answer,
+    has_reasoning,
+    learnt_answers,
+    read_rows,
+    task_of,
+    without_reasoning,
+)
+from finetuning.preprocessing.summary import Summary, as_label, print_summary, summarize
+
+SMALL = 8 * 2**20  # bytes of the files
+BATCH_ROWS, BATCH_BYTES = 500, 8 * 2**20  # that are tokenised at once, whichever is less
+
+# A row as JSON text, so that no type is guessed, and what the summary counts.
+ROWS = Features({name: Value("string") for name in ("location", "row", "task", "label")})
+ROWS |= {"ignored": List(Value("string")), "has_reasoning": Value("bool"), "is_empty": Value("bool")}
+# An example in which something is supervised; `row_number` counts from 1 over all files.
+TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+TOKENS |= {"row_number": Value("int64"), "supervised": Value("int32"), "is_truncated": Value("bool")}
+
+# Turns a row into examples: `common.preprocess_function`.
+PreprocessFunction = Callable[[Row, PreTrainedTokenizerBase], list[Example]]
+
+
+@dataclass
+class Data:
+    """What a run trains or evaluates on: TOKENS, their summary and, if they are to be answered, the rows with texts."""
+
+    dataset: Dataset
+    summary: Summary
+    rows: list[Row] | None = None
+
+
+def load_training_data(
+    args: DataArguments, function: PreprocessFunction, tokenizer: PreTrainedTokenizerBase, seed: int, needs_texts: bool
+) -> tuple[Data, Data | None]:
+    """The rows to train on and, if there are any, those to evaluate on: of files of their own, or a share.
+
+    Args:
+        seed: of the draw of this share.
+        needs_texts: whether this process answers the rows to evaluate on.
+
+    Raises:
+        DataError: with the file, the row, the field and the remedy.
+    """
+    read = partial(read_data, args=args, function=function, tokenizer=tokenizer)
+    rows, train = read(args.data_path, args.max_rows)
+    evaluation = None
+    if args.eval_split:
+        train.dataset, held_out, numbers = split_rows(train.dataset, len(rows), args.eval_split, seed)
+        rows, evaluation = rows.select(numbers - 1), Data(held_out, train.summary)
+    elif args.eval_data_path:
+        rows, evaluation = read(args.eval_data_path)
+    if evaluation and needs_texts:
+        evaluation.rows = [json.loads(row) for row in rows["row"]]
+    if is_main_process():
+        remove_oldest(cache_folder(args), args.token_cache_gb)
+    return train, evaluation
+
+
+def split_rows(tokens: Dataset, count: int, share: float, seed: int) -> tuple[Dataset, Dataset, np.ndarray]:
+    """Hold out a random share of `count` rows, with all their examples.
+
+    Returns:
+        The tokens of the other rows, those of the rows held out, and the numbers of these, in order.
+    """
+    if count < 2:
+        raise DataError("--eval_split: there is only one row; leave the flag out")
+    size = min(max(1, round(share * count)), count - 1)
+    numbers = Dataset.from_dict({"row_number": np.arange(1, count + 1)})
+    held_out = np.sort(numbers.train_test_split(size, seed=seed)["test"]["row_number"])
+    is_held_out = np.isin(tokens.with_format("numpy")["row_number"][:], held_out)
+    return tokens.select(np.flatnonzero(~is_held_out)), tokens.select(np.flatnonzero(is_held_out)), held_out
+
+
+def read_data(
+    data_path: str,
+    max_rows: int | None = None,
+    *,
+    args: DataArguments,
+    function: PreprocessFunction,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Dataset, Data]:
+    """Read, check and tokenise files, or find them in the cache, and print their summary; returns ROWS and tokens."""
+    files = find_files(data_path)
+    if len(files) > 1:
+        say(f"{data_path}: {len(files)} files, from {files[0]} to {files[-1]}")
+    (sha256,) = broadcast_object_list([hash_files(files) if is_main_process() else None])
+    is_large, workers = sum(map(os.path.getsize, files)) > SMALL, args.preprocessing_num_workers or count_cores()
+    key = make_key(sha256, files, max_rows, args, function, tokenizer)
+    generate = partial(generate_rows, data_path, files, args, max_rows)
+    tokenize = partial(tokenize_rows, function=function, tokenizer=tokenizer, max_length=args.max_length)
+    (enable_progress_bars if is_large and sys.stderr.isatty() else disable_progress_bars)()
+
+    def make(entry: Path | None) -> tuple[Dataset, Dataset]:
+        if entry:
+            rows = Dataset.from_generator(generate, ROWS, str(entry), fingerprint=key)
+        else:
+            rows = Dataset.from_list(list(generate()), ROWS)
+        tokens = rows.map(
+            tokenize,
+            with_indices=True,
+            batched=True,
+            batch_size=max(1, min(BATCH_ROWS, BATCH_BYTES * len(rows) // rows.data.nbytes)),
+            remove_columns=rows.column_names,
+            features=TOKENS,
+            num_proc=min(workers, len(rows)) if entry else None,
+            cache_file_name=entry and str(entry / "tokens.arrow"),
+            new_fingerprint=f"{key}-tokens",
+            desc=f"tokenizing {data_path}",
+        )
+        return rows, tokens
+
+    try:
+        rows, tokens = get_or_create(cache_folder(args) / key, make) if is_large else make(None)
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        advice = f"try --preprocessing_num_workers {max(1, workers // 2)}"
+        fail(f"{data_path}: a tokenisation worker was killed (out of memory?); {advice}", 1)
+    summary = summarize(rows, tokens, data_path, sha256, args.thinking == "off")
+    print_summary(summary, args.max_length, tokenizer)
+    return rows, Data(tokens, summary)
+
+
+def generate_rows(
+    data_path: str, files: list[str], args: DataArguments, max_rows: int | None
+) -> Iterator[dict[str, Any]]:
+    """Yields ROWS."""
+    with progress_bar(f"reading {data_path}", "rows") as bar:
+        for location, row, ignored in read_rows(data_path, files, args.rename, True, max_rows):
+            counts = {"has_reasoning": has_reasoning(row), "is_empty": not all(map(str.strip, learnt_answers(row)))}
+            counts |= {"task": task_of(row), "label": as_label(expected_answer(row)), "ignored": ignored}
+            row = without_reasoning(row) if args.thinking == "off" else row
+            # An ignored field may hold half of a surrogate pair: in JSON the escape \\ud800 stands for it.
+            text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+            yield {"location": location, "row": text} | counts
+            bar.update()
+
+
+def tokenize_rows(
+    rows: dict[str, list[Any]],
+    indices: list[int],
+    function: PreprocessFunction,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, list[Any]]:
+    """TOKENS of some ROWS. Examples that are too long are truncated on the right, and then end without a stop token."""
+    tokens: dict[str, list[Any]] = {name: [] for name in TOKENS}
+    for index, location, row in zip(indices, rows["location"], rows["row"], strict=True):
+        try:
+            examples = function(json.loads(row), tokenizer)
+        except DataError as error:
+            raise DataError(f"{location}: {error}") from None
+        is_truncated = any(len(example["input_ids"]) > max_length for example in examples)
+        for example in examples:
+            input_ids, labels = example["input_ids"][:max_length], example["labels"][:max_length]
+            supervised = len(labels) - labels.count(IGNORE_INDEX)
+            values = (input_ids, labels, len(input_ids), index + 1, supervised, is_truncated)
+            for name, value in zip(TOKENS, values, strict=True) if supervised else ():
+                tokens[name].append(value)
+    return tokens
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- token cache: a folder with an entry, a folder of its own, for each key
+
+
+def cache_folder(args: DataArguments) -> Path:
+    return Path(args.token_cache_dir or Path(HF_DATASETS_CACHE, "finetuning_tokens"))
+
+
+def make_key(
+    sha256: str,
+    files: list[str],
+    max_rows: int | None,
+    args: DataArguments,
+    function: PreprocessFunction,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """A name for tokens that changes with everything that they depend on: the data, the flags, the tokenizer, the
+    versions of the libraries, and the code of this folder and of `preprocess_function`.
+
+    `datasets` knows a function by its name, and would keep the tokens after an edit.
+    """
+    parts = [
+        sha256,
+        [Path(file).suffixes for file in files],
+        max_rows,
+        args.max_length,
+        args.thinking == "off",
+        args.rename,
+    ]
+    parts += [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
+    parts += [version(name) for name in ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")]
+    parts += [date.today()] if "strftime_now" in tokenizer.chat_template else []
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getsourcefile(function))]
+    parts += [source.read_text(encoding="utf-8") for source in sources]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+IN_USE: list[FileLock] = []  # on entries, until this process ends
+
+
+def get_or_create(entry: Path, make: Callable[[Path], Any]) -> Any:
+    """What `make` makes or finds in an entry. Other processes that want it wait meanwhile."""
+    complete = entry / "complete"
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            if complete.exists():
+                say(f"tokens read from the cache: {entry}")
+            else:
+                shutil.rmtree(entry, ignore_errors=True)  # what a run that was killed has left
+                entry.mkdir()
+            try:
+                result = make(entry)
+            except BaseException:
+                if not complete.exists():
+                    shutil.rmtree(entry, ignore_errors=True)
+                raise
+            complete.touch()  # the time of its last use
+            IN_USE.append(FileLock(entry / f"{uuid4().hex}.lock"))
+            IN_USE[-1].acquire()
+            return result
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if not is_disk_error(cause):
+            raise cause from None
+        message = f"the token cache in {entry.parent} cannot be written: {first_line(cause)}."
+        fail(f"{message}\nMake room there, or name another folder with --token_cache_dir", 1)
+
+
+def remove_oldest(folder: Path, limit: float) -> None:
+    """Remove the entries that were not used for longest, but none in use, until all have at most `limit` GB."""
+    complete = sorted(folder.glob("*/complete"), key=lambda file: file.stat().st_mtime)
+    sizes = {file.parent: sum(each.stat().st_size for each in file.parent.rglob("*")) for file in complete}
+    for file in complete:
+        if sum(sizes.values()) <= limit * 10**9:
+            return
+        try:
+            with ExitStack() as locks:
+                for lock in (f"{file.parent}.lock", *file.parent.glob("*.lock")):
+                    locks.enter_context(FileLock(lock, timeout=0))
+                shutil.rmtree(file.parent)
+                del sizes[file.parent]
+        except (Timeout, OSError):  # somebody makes, opens or uses it
+            continue
