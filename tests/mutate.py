@@ -63,6 +63,8 @@ MUTANTS = [
     Mutant("finetuning/cli/console.py", " if total else \" {unit}, {elapsed} so far\"", "", "test_console lines"),
     Mutant("finetuning/cli/memory.py", ' if unit == "bytes" else (size, unit)', ' if unit == "" else (size, unit)', "test_memory kind"),
     Mutant("finetuning/training/dry_run.py", "        trainer.optimizer.step()\n", "", "test_dry_run states"),
+    Mutant("finetuning/cli/commands.py", 'word.partition("=")[0].replace("-", "_")', 'word.partition("=")[0]', "test_commands"),
+    Mutant("finetuning/cli/commands.py", 'word.partition("=")[0].replace("-", "_")', 'word.replace("-", "_")', "test_commands"),
     Mutant("finetuning/cli/commands.py", 'return re.sub(r"(--hub[_-]token)[ =]\\S+", r"\\1 ...", shlex.join(words))', "return shlex.join(words)", "test_report token"),
     Mutant("finetuning/preprocessing/token_view.py", " and end - start < LONGEST_CHARACTER", "", "test_token_view"),
     Mutant("finetuning/preprocessing/token_view.py", "if left_out <= 0 or not sys.stdout.isatty():", "if left_out <= 0:", "test_token_view"),
