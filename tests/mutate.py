@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant("common.py", "    finally:  # also if memory runs out in the evaluation, or the user stops it\n", "    finally:\n        pass\n    if True:\n", "test_report stopped"),
     # the page of the answers, the picture of the scores
     Mutant("finetuning/generation/answer_page.py", "autoescape=True", "autoescape=False", "test_answer_page"),
-    Mutant("finetuning/generation/answer_page.py", 'escape("".join(units[start:end]))', '"".join(units[start:end])', "test_answer_page"),
+    Mutant("finetuning/generation/answer_page.py", "<mark class=\"extra\">{}</mark>').format(extra)", "<mark class=\"extra\">' + extra + '</mark>')", "test_answer_page differences"),
     Mutant("finetuning/generation/answer_page.html.jinja", "{{ task }}</option>", "{{ task | safe }}</option>", "test_answer_page"),
     Mutant("finetuning/generation/answer_page.html.jinja", "{{ script | sha256 }}", "{{ title | sha256 }}", "test_answer_page"),
     Mutant("finetuning/generation/answer_page.py", ', errors="replace")', ")", "test_answer_page"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from finetuning.preprocessing.rows import by_task, expected_answer, question
 
@@ -85,10 +85,10 @@ def mark_difference(answer: str, expected: str) -> tuple[str, str]:
         return answer, expected
     first, second = [], []
     for kind, start, end, its_start, its_end in SequenceMatcher(None, units, wanted, autojunk=False).get_opcodes():
-        extra, missing = escape("".join(units[start:end])), escape("".join(wanted[its_start:its_end]))
+        extra, missing = "".join(units[start:end]), "".join(wanted[its_start:its_end])
         if kind != "equal":
-            extra = extra and Markup(f'<mark class="extra">{extra}</mark>')
-            missing = missing and Markup(f'<mark class="missing">{missing}</mark>')
+            extra = extra and Markup('<mark class="extra">{}</mark>').format(extra)
+            missing = missing and Markup('<mark class="missing">{}</mark>').format(missing)
         first.append(extra)
         second.append(missing)
-    return Markup("").join(first), Markup("").join(second)
+    return Markup().join(first), Markup().join(second)  # which escape what is not Markup
