@@ -24,13 +24,9 @@ MOST_NAMES = 3  # of weights, in a message
 
 
 def check_model_path(model_path: str, source: str = "--model_path") -> None:
-    """Refuse what is not a whole checkpoint, before transformers looks for it on the hub or opens it.
+    """Refuse what is not a complete checkpoint, before transformers opens it or looks for it on the hub.
 
-    Args:
-        source: where the path comes from, for the message.
-
-    Raises:
-        SystemExit: code 2, with what the path is and what to do.
+    The message says what the path is and what to do; `source` is where it comes from.
     """
     path = Path(model_path)
     if path.is_dir():
@@ -144,10 +140,6 @@ def check_loaded_weights(
     """Refuse weights that only the model or only the checkpoint has: transformers makes up the missing ones.
 
     Prints which class the model is of if the checkpoint is of another, and the share of its weights in 4 bits.
-
-    Args:
-        config: of the checkpoint.
-        loading_info: of `from_pretrained`, without the keys that the model class ignores on purpose.
     """
     kinds = {
         "missing": "lacks weights of the model",

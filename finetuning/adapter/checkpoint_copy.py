@@ -27,8 +27,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "pre
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# From a tensor of the base to what takes its place, by name: usually one tensor of the same name.
-Change = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+# From a tensor of the base to what takes its place: a tensor of the same name, or several by name.
+Change = Callable[[torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
 
 
 def find_folder(model_path: str) -> Path:
@@ -77,11 +77,7 @@ def check_not_quantised(folder: Path) -> None:
 
 
 def check_output(output_dir: str, size: int) -> None:
-    """Refuse an output folder that is in use, or a disk without room for the result.
-
-    Args:
-        size: of the result, in bytes.
-    """
+    """Refuse an output folder that is in use, or a disk without room for a result of `size` bytes."""
     folder, unverified = Path(output_dir), Path(output_dir + UNVERIFIED)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"--output_dir '{folder}' already exists; name another folder, or remove it")
@@ -150,11 +146,8 @@ def write_weights(folder: Path, output: Path, changes: dict[str, Change], dtype:
     """Write the weights of a checkpoint, a file at a time, with some tensors changed.
 
     Args:
-        changes: by the name of the tensor to be changed.
+        changes: by the name of the tensor to be changed; refused if the new one is too large for its dtype.
         dtype: of all floating-point tensors; None leaves each as it is.
-
-    Raises:
-        SystemExit: code 2, if a changed tensor is too large for its dtype.
     """
     places, size = {}, 0
     for shard in sorted(set(find_tensors(folder).values())):
@@ -164,7 +157,8 @@ def write_weights(folder: Path, output: Path, changes: dict[str, Change], dtype:
             for name in file.keys():
                 old = file.get_tensor(name)
                 wanted = dtype if dtype and old.is_floating_point() else old.dtype
-                new = changes[name](old.to(wanted)) if name in changes else {name: old}
+                new = changes[name](old.to(wanted)) if name in changes else old
+                new = new if isinstance(new, dict) else {name: new}
                 tensors |= {key: tensor.to("cpu", wanted).contiguous() for key, tensor in new.items()}
                 if (name in changes or wanted != old.dtype) and not all(tensors[key].isfinite().all() for key in new):
                     fail(f"{name} would be NaN, or too large for {str(wanted)[6:]}; try --dtype bfloat16")
@@ -207,11 +201,8 @@ def write_generation_config(output: Path, stop_ids: list[int], pad_id: int, samp
 
 
 def write_template(output: Path, template: str, response: dict[str, Any] | None) -> None:
-    """Put a chat template in every place where a program may look for it.
-
-    Args:
-        response: how an answer is read (transformers' `response_template`); None leaves that to the program.
-    """
+    """Put a chat template wherever a program may look for it and, if there is a `response`, transformers'
+    `response_template`, which says how an answer is read."""
     (output / TEMPLATE).write_text(template, encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         content = read_json(output / name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetuning.adapter.checkpoint_copy import DTYPES
-from finetuning.cli.arguments import beside_scripts, flag
+from finetuning.cli.arguments import TRUST, beside_scripts, flag
 
 
 @dataclass
@@ -26,9 +26,7 @@ class MergeArguments:
     llama_cpp: str | None = flag(None, "folder of llama.cpp's source, which holds its converter")
     push_to_hub: bool = flag(False, "upload the result to the Hugging Face hub")
     hub_model_id: str | None = flag(None, "its name on the hub; left out: that of the folder")
-    trust_remote_code: bool = flag(
-        False, "run the Python code that comes with a checkpoint; only if you trust its author"
-    )
+    trust_remote_code: bool = flag(False, TRUST)
 
     def __post_init__(self) -> None:
         if self.check_rows < 1:

@@ -94,11 +94,7 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write what PEFT's `save_pretrained` would, but from tensors that are whole: one process is enough.
-
-    Args:
-        state: from `adapter_state`.
-    """
+    """Write what PEFT's `save_pretrained` would, but from the tensors of `adapter_state`: one process is enough."""
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
     config.inference_mode = True

@@ -21,15 +21,8 @@ def find_converter(llama_cpp: str) -> Path:
 
 
 def write_gguf(converter: Path, folder: str, dtype: torch.dtype, modelfile: str | None) -> None:
-    """Write the GGUF file into the folder of the checkpoint, and a Modelfile for Ollama beside it.
-
-    Args:
-        dtype: of the weights.
-        modelfile: None if there can be none.
-
-    Raises:
-        SystemExit: code 1, if the converter refuses; the checkpoint stays.
-    """
+    """Write the GGUF file into the folder of the checkpoint, which stays if the converter fails, and a Modelfile for
+    Ollama beside it, if there can be one."""
     file = Path(folder, GGUF)
     command = [sys.executable, str(converter), folder, "--outfile", str(file), "--outtype", OUTPUT_TYPES[dtype]]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)

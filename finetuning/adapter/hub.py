@@ -10,11 +10,7 @@ from finetuning.cli.console import fail, first_line, say
 def create_repository(name: str | None, folder: str, token: str | None = None, private: bool | None = None) -> str:
     """Create a repository before the work begins, so that a missing login is known then; returns its full name.
 
-    Args:
-        name: None for that of the folder, which will be uploaded.
-
-    Raises:
-        SystemExit: code 2, if it cannot be created.
+    It is called as the folder that will be uploaded if `name` is None.
     """
     name = name or Path(folder).name
     try:
@@ -27,11 +23,7 @@ def create_repository(name: str | None, folder: str, token: str | None = None, p
 
 
 def upload(folder: str, repository: str, token: str | None = None) -> None:
-    """Upload a folder without its checkpoints.
-
-    Raises:
-        SystemExit: code 1, if it cannot be uploaded.
-    """
+    """Upload a folder without its checkpoints."""
     try:
         upload_folder(repo_id=repository, folder_path=folder, token=token, ignore_patterns=["checkpoint-*"])
     except Exception as error:

@@ -86,7 +86,7 @@ def write_merged(
         check_tokenizer(tokenizer, folder)
         used, count = max(tokenizer.get_vocab().values()) + 1, len(model.prompt)
         before = len(model.get_input_embeddings().weight)
-        rows = count_rows(used, count, before)
+        rows = before if used + count <= before else -(-(used + count) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         soft_ids = list(range(used, used + count))
         changes = soft_prompt_changes(model.prompt.detach(), used, rows, is_tied(model), tensors)
         grown = f"; the vocabulary grows from {before:,} to {rows:,} rows" if rows > before else ""
@@ -136,10 +136,7 @@ def lora_changes(model: PeftModel, adapter_path: str, tensors: set[str]) -> dict
 
     Args:
         model: the base with the adapter. Its adapted layers are merged as they are written.
-        tensors: the names in the checkpoint.
-
-    Raises:
-        SystemExit: code 2, if the checkpoint has no tensor under a name that the adapter changes.
+        tensors: the names in the checkpoint; an adapter that changes another one is refused.
     """
     base = model.get_base_model()
     inside = TEXT if not any(WHOLE in name for name, _ in base.named_modules()) else WHOLE
@@ -149,28 +146,28 @@ def lora_changes(model: PeftModel, adapter_path: str, tensors: set[str]) -> dict
             module, is_product, _ = key.removeprefix(PREFIX).replace(WHOLE, inside, 1).partition(".lora_")
             name = module.replace(".base_layer", "")
             if not is_product:  # modules_to_save, and biases that were trained
-                changes[on_disk(name, tensors)] = partial(replace, on_disk(name, tensors), file.get_tensor(key))
+                new = file.get_tensor(key)
+                changes[on_disk(name, tensors)] = lambda _, new=new: new
                 continue
             layer = base.get_submodule(module)
             if isinstance(layer, ParamWrapper):
                 changes |= expert_changes(base, layer, f"{name}.{layer.parameter_name}", tensors)
                 continue
             for parameter in ("weight", "bias") if key.endswith(".bias") else ("weight",):
-                place = on_disk(f"{name}.{parameter}", tensors)
-                changes[place] = partial(merge_parameter, layer, parameter, place)
+                changes[on_disk(f"{name}.{parameter}", tensors)] = partial(merged, layer, parameter)
     embedding = embedding_name(tensors)
     if is_tied(model) and {HEAD, embedding} & changes.keys():
-        both = changes.pop(embedding, keep), changes.pop(HEAD, keep)
-        changes[embedding] = partial(untie, embedding, *both)
+        first, second = (changes.pop(name, lambda old: old) for name in (embedding, HEAD))
+        changes[embedding] = lambda old: {embedding: first(old), HEAD: second(old).clone()}
         if HEAD in tensors:  # of no use while they were tied
-            changes[HEAD] = drop
+            changes[HEAD] = lambda _: {}
     missing = sorted(changes.keys() - tensors)
     if missing:
         fail(f"'{adapter_path}' changes {missing[0]}, which the checkpoint does not have; it cannot be merged")
     return changes
 
 
-def merged(layer: LoraLayer, parameter: str) -> torch.Tensor:
+def merged(layer: LoraLayer, parameter: str, _: torch.Tensor | None = None) -> torch.Tensor:
     """A parameter of an adapted layer with the adapter merged into it, float32 the first time it is asked for."""
     base = layer.get_base_layer()
     dtype = base.get_parameter(parameter).dtype
@@ -182,55 +179,19 @@ def merged(layer: LoraLayer, parameter: str) -> torch.Tensor:
     return result
 
 
-def merge_parameter(layer: LoraLayer, parameter: str, name: str, _: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: merged(layer, parameter)}
-
-
 def expert_changes(base: PreTrainedModel, layer: ParamWrapper, name: str, tensors: set[str]) -> dict[str, Change]:
-    """What changes if a parameter is adapted that holds all experts of a layer; most checkpoints hold them one by one.
-
-    Args:
-        name: of the parameter in the model.
-    """
+    """What changes if a parameter (`name`) is adapted that holds all experts; most checkpoints hold them one by one."""
     if on_disk(name, tensors) in tensors:
-        return {on_disk(name, tensors): partial(merge_parameter, layer, layer.parameter_name, on_disk(name, tensors))}
+        return {on_disk(name, tensors): partial(merged, layer, layer.parameter_name)}
     pieces: dict[str, torch.Tensor] = {}
 
-    def merge_expert(place: str, _: torch.Tensor) -> dict[str, torch.Tensor]:
+    def merge_expert(piece: str, _: torch.Tensor) -> torch.Tensor:
         if not pieces:
             pieces.update(revert_weight_conversion(base, {name: merged(layer, layer.parameter_name)}))
-        return {place: pieces.pop(place)}
+        return pieces.pop(piece)
 
     shape = layer.get_base_layer().get_parameter(layer.parameter_name).to("meta")
-    return {place: partial(merge_expert, place) for place in revert_weight_conversion(base, {name: shape})}
-
-
-def replace(name: str, new: torch.Tensor, _: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: new}
-
-
-def keep(old: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"": old}
-
-
-def drop(_: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {}
-
-
-def untie(embedding: str, of_embedding: Change, of_head: Change, old: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Two tensors in place of the one that embedding and output layer shared."""
-    (first,), (second,) = of_embedding(old).values(), of_head(old).values()
-    return {embedding: first, HEAD: second.clone()}
-
-
-# ---- soft prompts
-
-
-def count_rows(used: int, count: int, rows: int) -> int:
-    """How many rows an embedding needs for `count` more tokens after the `used` first ones, of which it has `rows`."""
-    if used + count <= rows:
-        return rows
-    return -(-(used + count) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return {piece: partial(merge_expert, piece) for piece in revert_weight_conversion(base, {name: shape})}
 
 
 def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, tied: bool, tensors: set[str]) -> dict[str, Change]:
@@ -242,7 +203,7 @@ def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, tied: bool, 
     Args:
         prompt: (num_virtual_tokens, hidden_size).
         used: ids that the tokenizer knows.
-        rows: of the embedding afterwards, from `count_rows`.
+        rows: of the embedding afterwards.
         tensors: the names in the checkpoint.
     """
     embedding = embedding_name(tensors)
@@ -250,14 +211,14 @@ def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, tied: bool, 
     def embed(old: torch.Tensor) -> dict[str, torch.Tensor]:
         new = pad(old, (0, 0, 0, rows - len(old)))
         new[used : used + len(prompt)] = prompt.to(new.dtype)
-        return {embedding: new} | (answer(old) if tied else {})
+        return {embedding: new} | ({HEAD: answer(old)} if tied else {})
 
-    def answer(old: torch.Tensor) -> dict[str, torch.Tensor]:
+    def answer(old: torch.Tensor) -> torch.Tensor:
         new = pad(old, (0, 0, 0, rows - len(old)))
         new[used : used + len(prompt)] = new[len(old) :] = never_answered(old, used).to(new.dtype)
-        return {HEAD: new}
+        return new
 
-    return {embedding: embed, HEAD: drop if tied else answer} if HEAD in tensors else {embedding: embed}
+    return {embedding: embed} | ({HEAD: (lambda _: {}) if tied else answer} if HEAD in tensors else {})
 
 
 def never_answered(head: torch.Tensor, used: int) -> torch.Tensor:

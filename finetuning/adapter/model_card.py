@@ -2,30 +2,17 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader
 
 from finetuning.adapter.folder import TEMPLATE
 
 TITLES = {"LORA": "LoRA adapter", "PROMPT_TUNING": "Soft prompt"}
 TAGS = {"LORA": "lora", "PROMPT_TUNING": "prompt-tuning"}
-# A question in each prompt format, and the lines that turn it into the model's input.
-PLAIN = r"""inputs = tokenizer("Instruction: 翻译为英文\nInput: 早安", return_tensors="pt")"""
-CHAT = """tokenizer.chat_template = open({template}, encoding="utf-8").read()
-messages = [{{"role": "user", "content": "翻译为英文\\n早安"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
-SNIPPET = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(model, {adapter})
-model.half()
-{inputs}
-outputs = model.generate(**inputs)
-print(tokenizer.decode(outputs[0]))"""
 
 
 def make_model_card(report: dict[str, Any], adapter: str, scores: str, picture: str | None) -> str:
@@ -45,27 +32,28 @@ def make_model_card(report: dict[str, Any], adapter: str, scores: str, picture: 
         pipeline_tag="text-generation",
         tags=[TAGS[method], "qwen"],
     )
-    share = 100 * report["trainable_parameters"] / report["parameters"]
-    name = base if on_hub else Path(base).name
-    sections = [
-        f"# {TITLES[method]} for {name}",
-        f"{report['trainable_parameters']:,} trained parameters, {share:.4f}% of {report['parameters']:,}. "
-        f"Base model: `{base}`{'' if on_hub else ' (a folder: add `base_model` above before you publish this)'}.",
-        "## How it was made",
-        block("bash", report["command"]),
-        facts(report),
-    ]
-    if picture:
-        sections.append(f"![training loss, evaluation loss and learning rate against the steps]({picture})")
-    if scores:
-        evaluated = report["metrics"]
-        sections += ["## Scores", f"On the {evaluated['rows']:,} rows of `{evaluated['data_path']}`:", scores]
-    sections += ["## Use it", block("python", loading(report, adapter)), *commands(report, adapter)]
-    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
+    environment.keep_trailing_newline = True
+    environment.filters |= {"quote": partial(json.dumps, ensure_ascii=False), "shell": shlex.quote}  # for Python, bash
+    return environment.get_template("model_card.md.jinja").render(
+        report=report,
+        head=head.to_yaml(),
+        title=TITLES[method],
+        name=base if on_hub else Path(base).name,
+        base=base,
+        on_hub=on_hub,
+        share=100 * report["trainable_parameters"] / report["parameters"],
+        facts=describe_facts(report),
+        adapter=adapter,
+        template=Path(adapter, TEMPLATE).as_posix(),
+        scores=scores,
+        picture=picture,
+        fenced=fenced,
+    )
 
 
-def facts(report: dict[str, Any]) -> str:
-    """The run in a table: data, settings, last losses, speed and versions."""
+def describe_facts(report: dict[str, Any]) -> dict[str, str]:
+    """Data, settings, last losses, speed and versions of a run, by name, as cells of a Markdown table."""
     data, settings, speed, history = (report[name] for name in ("data", "settings", "speed", "history"))
     counts = (
         f"{data['rows']:,} rows: {data['kept']:,} kept, {data['truncated']:,} truncated, {data['dropped']:,} dropped"
@@ -85,48 +73,12 @@ def facts(report: dict[str, Any]) -> str:
     rows["time"] = f"{speed['seconds']:.0f} s{since}, {speed['tokens_per_second']:,.0f} tokens/s on {report['device']}"
     rows["peak memory"] = f"{speed['peak_memory_gib']:.2f} GiB"
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return "\n".join(["| | |", "|---|---|"] + [f"| {name} | {cell(value)} |" for name, value in rows.items()])
+    # no text may break out of its cell
+    return {name: " ".join(value.replace("|", "\\|").split()) for name, value in rows.items()}
 
 
-def loading(report: dict[str, Any], adapter: str) -> str:
-    template, base = Path(adapter, TEMPLATE).as_posix(), report["settings"]["model_path"]
-    inputs = PLAIN if report["prompt_format"] == "plain" else CHAT.format(template=quote(template))
-    return SNIPPET.format(base=quote(base), adapter=quote(adapter), inputs=inputs)
-
-
-def quote(text: str) -> str:
-    """A text as Python writes it, in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def commands(report: dict[str, Any], adapter: str) -> list[str]:
-    """How to ask the adapter, to serve it, and in which format."""
-    folder = shlex.quote(adapter)
-    wording = {
-        "plain": "`plain`: a line `Instruction: ...`, a line `Input: ...` unless the input is empty; the answer comes "
-        "after `Output: `.",
-        "chat": "`chat`: the base model's chat template, instruction and input in one turn of the user.",
-    }
-    mode = " The model thinks before it answers." if report["thinking"] else ""
-    return [
-        "Or, with the repository that trained it:",
-        block("bash", f'python inference.py --adapter_path {folder} --instruction "翻译为英文" --input "早安"'),
-        "To serve it, make one plain checkpoint of base model and adapter:",
-        block(
-            "bash", f"python merge_adapter.py --adapter_path {folder} --output_dir {shlex.quote(adapter + '-merged')}"
-        ),
-        f"**Prompt format**, {wording[report['prompt_format']]}{mode} Other programs read it from "
-        "`chat_template.jinja`, which lies beside the adapter.",
-    ]
-
-
-def block(language: str, text: str) -> str:
+def fenced(language: str, text: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def cell(text: str) -> str:
-    """A text that cannot break out of its cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())

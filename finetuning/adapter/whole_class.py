@@ -42,11 +42,7 @@ def map_to_text_part(model: PreTrainedModel, config: PeftConfig, adapter_path: s
 
 
 def write_for_whole_class(adapter_path: str, output_dir: str) -> None:
-    """Write a LoRA adapter of the text part so that it fits the whole class.
-
-    Args:
-        output_dir: gets all files of the adapter; its folder may exist.
-    """
+    """Write a LoRA adapter of the text part, with all of its files, so that it fits the whole class."""
     shutil.copytree(adapter_path, output_dir, dirs_exist_ok=True)
     state = {
         name.replace(PREFIX + TEXT, PREFIX + WHOLE, 1): tensor

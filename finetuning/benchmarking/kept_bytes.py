@@ -59,11 +59,8 @@ def make_model(shape: str, layers: int, method: str) -> PeftModel:
 def count_kept_bytes(
     shape: str, layers: int, tokens: int, method: str, checkpointing: bool = False, cast_inputs: bool = False
 ) -> int:
-    """The bytes of everything that a forward pass on one row keeps, weights included.
-
-    Args:
-        cast_inputs: with PEFT's cast of the input of LoRA layers, which the Trainer switches off.
-    """
+    """The bytes of everything that a forward pass on one row keeps, weights included; if asked, with PEFT's cast of the
+    input of LoRA layers, which our Trainer switches off."""
     model = make_model(shape, layers, method)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -92,7 +89,7 @@ def count_kept_bytes(
 
 @cache
 def per_token_and_layer(shape: str, method: str, checkpointing: bool = False, cast_inputs: bool = False) -> float:
-    """The bytes kept for each token and layer: by how much one layer more makes more tokens cost more."""
+    """The bytes kept for each token and layer: a second difference, in which all else cancels."""
     one, two = (
         count_kept_bytes(shape, layers, 2 * TOKENS, method, checkpointing, cast_inputs)
         - count_kept_bytes(shape, layers, TOKENS, method, checkpointing, cast_inputs)

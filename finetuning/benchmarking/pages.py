@@ -11,11 +11,7 @@ def marks(name: str) -> re.Pattern[str]:
 
 
 def find_pages(names: str | None, name: str) -> list[Path]:
-    """The pages in `--report`, commas between, each with one place for the table `name`.
-
-    Raises:
-        SystemExit: code 2, for a page without such a place.
-    """
+    """The pages in `--report`, commas between, each with one place for the table `name`."""
     pages = [Path(page) for page in names.split(",")] if names else []
     for page in pages:
         if not page.is_file() or len(marks(name).findall(page.read_text(encoding="utf-8"))) != 1:

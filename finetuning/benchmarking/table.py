@@ -9,6 +9,7 @@ import torch
 
 from finetuning.benchmarking.pages import write_table
 from finetuning.cli.console import fail, say, warn
+from finetuning.generation.metrics import format_table
 
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}  # of a step's loss
 HALF_PRECISION_STEPS = 3  # whose losses are compared: tiny differences of half-precision runs grow with the steps
@@ -48,14 +49,7 @@ def choose_methods(names: str, baseline: bool) -> list[str]:
 
 
 def check_losses(results: dict[str, dict[str, Any]]) -> None:
-    """Refuse to compare a baseline whose losses differ from ours, or full fine-tuning whose first loss does.
-
-    Args:
-        results: for each method its `precision` and its `losses`, step by step.
-
-    Raises:
-        SystemExit: code 1.
-    """
+    """Refuse to compare a baseline whose losses differ from ours, or full fine-tuning whose first loss does."""
     pairs = [(name, BASELINES[name].kind, None) for name in results if name in BASELINES]
     pairs += [("full", "lora", 1)] if "full" in results else []
     for name, other, count in pairs:
@@ -70,27 +64,29 @@ def check_losses(results: dict[str, dict[str, Any]]) -> None:
             fail(f"{name} and {other} differ by {difference:.1e} in a step's loss: their speeds cannot be compared", 1)
 
 
-def format_table(results: dict[str, dict[str, Any]], rate: float) -> str:
-    """A Markdown table. Speeds are compared in seconds on a GPU, and in CPU seconds, which are steadier, without one.
-
-    Args:
-        rate: from `matrix_product_rate`.
-    """
-    seconds = "seconds" if torch.cuda.is_available() else "cpu_seconds"
-    unit = "s / step" if torch.cuda.is_available() else "CPU s / step"
-    lines = [
-        f"| method | weights | trainable | % | peak GiB | {unit} | tokens / s | learnt / s | of matmul rate | speed |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+def compare_methods(results: dict[str, dict[str, Any]], rate: float) -> str:
+    """A Markdown table. Speeds are compared in seconds on a GPU, and in CPU seconds, which are steadier, without one;
+    arithmetic with the `rate` of a matrix product, from `measure_machine`."""
+    seconds, unit = ("seconds", "s / step") if torch.cuda.is_available() else ("cpu_seconds", "CPU s / step")
+    columns = {
+        "method": "{title}",
+        "weights": "{precision}",
+        "trainable": "{trainable:,}",
+        "%": "{trainable_percent:.4f}",
+        "peak GiB": "{peak_gib:.2f}",
+        unit: "{seconds_of_step:.3f}",
+        "tokens / s": "{tokens_per_second:,.0f}",
+        "supervised / s": "{supervised_tokens_per_second:,.0f}",
+        "of matmul rate": "{share:.0f}%",
+        "speed": "{speed}",
+    }
+    rows = [list(columns)]
     for name, result in results.items():
-        speed = f"{results['full'][seconds] / result[seconds]:.2f}" if "full" in results else ""
-        lines.append(
-            f"| {ALL[name].title} | {result['precision']} | {result['trainable']:,} | "
-            f"{result['trainable_percent']:.4f} | {result['peak_gib']:.2f} | {result[seconds] / result['steps']:.3f} | "
-            f"{result['tokens_per_second']:,.0f} | {result['supervised_tokens_per_second']:,.0f} | "
-            f"{100 * result['operations_per_second'] / rate:.0f}% | {speed} |"
-        )
-    return "\n".join(lines)
+        values = {"title": ALL[name].title, "seconds_of_step": result[seconds] / result["steps"]}
+        values |= {"share": 100 * result["operations_per_second"] / rate}
+        values |= {"speed": f"{results['full'][seconds] / result[seconds]:.2f}" if "full" in results else ""}
+        rows.append([column.format(**result, **values) for column in columns.values()])
+    return format_table(rows)
 
 
 def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
@@ -117,17 +113,10 @@ def save_results(output_dir: str, run: dict[str, Any], results: dict[str, Any], 
 
 
 def show_results(run: dict[str, Any], results: dict[str, dict[str, Any]], output_dir: str, pages: list[Path]) -> None:
-    """Print the table and, if its methods may be compared, write it into the pages, and draw it.
-
-    Args:
-        run: the machine, from `measure_machine`, the `model`, and the `arguments` of the command line.
-
-    Raises:
-        SystemExit: code 1, if the methods may not be compared.
-    """
+    """Print the table of a run and, if its methods may be compared, write it into the pages, and draw it."""
     rate, rows = run["matrix_product_rate"], run["arguments"]["batch_size"]
     head = f"{run['model']} on {run['device']}, {rate / 1e12:.2f} TFLOP/s in a matrix product; {rows} rows a step"
-    text = f"{head}\n\n{format_table(results, rate)}"
+    text = f"{head}\n\n{compare_methods(results, rate)}"
     say(f"\n{text}\n")
     check_losses(results)
     write_table(pages, "benchmark", text)

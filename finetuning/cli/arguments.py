@@ -17,6 +17,7 @@ from finetuning.cli.memory import allow_expandable_segments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+TRUST = "run the Python code that comes with a checkpoint; only if you trust its author"
 # Flags of other programs and of older versions of TrainingArguments, and what to use here.
 OTHER_NAMES = {
     "adafactor": "--optim adafactor",
@@ -75,7 +76,7 @@ class ScriptParser(HfArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
     def parse_flags(self, argv: list[str] | None = None) -> Namespace:
-        """Read the command line (`sys.argv` if `argv` is None) and refuse flags that do not exist."""
+        """Read the command line (None for `sys.argv`) and refuse flags that do not exist."""
         end_quietly_on_interrupt()
         print_any_text()
         allow_expandable_segments()
@@ -102,11 +103,7 @@ class ScriptParser(HfArgumentParser):
             fail(" ".join(str(error).split()))
 
     def parse(self, argv: list[str] | None = None) -> tuple[Any, ...]:
-        """The dataclasses of a command line.
-
-        Raises:
-            SystemExit: code 2, for a flag or value that cannot be used.
-        """
+        """The dataclasses of a command line; exits with code 2 for a flag or value that cannot be used."""
         return self.to_dataclasses(self.parse_flags(argv))
 
 
@@ -118,6 +115,4 @@ class ModelArguments:
         beside_scripts("models/tiny-qwen"), "folder of a Qwen checkpoint, or its name on the Hugging Face hub"
     )
     load_in_4bit: bool = flag(False, "base weights in 4-bit NF4 (about 0.55 bytes a weight; half precision takes 2)")
-    trust_remote_code: bool = flag(
-        False, "run the Python code that comes with a checkpoint; only if you trust its author"
-    )
+    trust_remote_code: bool = flag(False, TRUST)

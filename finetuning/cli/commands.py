@@ -25,11 +25,14 @@ def resume_command() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = psutil.Process().parent().cmdline()  # python -m ..., or python path/to/torchrun ...
         words = ["python", *launcher[1:]] if launcher[1] == "-m" else [Path(launcher[1]).name, *launcher[2:]]
-    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint"):
-        if flag in words:
-            place = words.index(flag)
-            del words[place : place + 2]
-    return join([*words, "--resume_from_checkpoint", "True"])
+    kept, keep = [], True
+    for word in words:
+        if word.startswith("--"):  # a flag, with its value if there is a "="; else its values are the words after it
+            name = word.partition("=")[0].replace("-", "_")
+            keep = name not in ("__overwrite_output_dir", "__resume_from_checkpoint")
+        if keep:
+            kept.append(word)
+    return join([*kept, "--resume_from_checkpoint", "True"])
 
 
 def inference_command(output_dir: str) -> str:

@@ -18,7 +18,6 @@ from tqdm import tqdm
 # On some processors bitsandbytes warns, when peft imports it, that it lacks a faster kernel. That does no harm.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-
 PATIENCE = 10  # seconds that the other processes leave the main one to say why a run ends
 
 
@@ -54,11 +53,7 @@ def describe_duration(seconds: float) -> str:
 
 
 def progress_bar(text: str, unit: str, total: int | None = None, done: int = 0, disable: bool = False) -> tqdm:
-    """A progress bar on a terminal; elsewhere, such as in a log file, a line every minute.
-
-    Args:
-        done: how many of the units were there before.
-    """
+    """A progress bar on a terminal, which begins at `done`; elsewhere, such as in a log file, a line every minute."""
     layout: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         rest = " of {total_fmt} {unit}, {elapsed} so far, {remaining} left" if total else " {unit}, {elapsed} so far"
@@ -93,11 +88,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Print what is wrong and the remedy, and exit. No traceback: those are for bugs of ours.
 
     Of several processes only the main one speaks, because torchrun ends the others when it exits. A process that
-    fails alone speaks after a while.
-
-    Args:
-        message: names the file, row, field or flag.
-        code: 2 for a mistake of the user's; 1 for a run that went wrong, for example a loss that is not a number.
+    fails alone speaks after a while. Code 2 is for a mistake of the user's, 1 for a run that went wrong.
     """
     if not is_main_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -111,8 +102,7 @@ def announce(message: str) -> None:
     """Print why the run ends; also in torchrun's table of failed processes, which comes last on the screen."""
     tqdm.write(f"error: {message}", sys.stderr)
     sys.stderr.flush()
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # as in the documentation of torch.distributed.elastic
-    if file:
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # as in the documentation of torch.distributed.elastic
         details = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         report = {"message": {"message": message, "extraInfo": details}}
         Path(file).write_text(json.dumps(report), encoding="utf-8")
@@ -146,4 +136,5 @@ def is_disk_error(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """The first line of an error's message; the error's kind if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

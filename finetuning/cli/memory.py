@@ -88,16 +88,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_advice(device: torch.device, remedies: Iterable[str], place: str = "") -> Iterator[None]:
-    """Inside the context, running out of memory ends with one message: the measured need, and what to try in order.
+def memory_advice(device: torch.device, remedies: Iterable[str], activity: str = "") -> Iterator[None]:
+    """Inside the context, running out of memory ends the program with code 1: the measured need, and what to try.
 
     Args:
-        device: where the work is done.
-        remedies: flags of the script that runs, or commands. The innermost of several contexts speaks.
-        place: what is being done, if that is not clear to the user, for example "while loading the model".
-
-    Raises:
-        SystemExit: code 1.
+        remedies: flags of the script that runs, or commands, best first. The innermost of several contexts speaks.
+        activity: if it is not clear to the user, for example "while loading the model".
     """
     try:
         yield
@@ -111,6 +107,6 @@ def memory_advice(device: torch.device, remedies: Iterable[str], place: str = ""
         others = ""
         with suppress(RuntimeError):  # a GPU that is full may not even answer this
             others = f", of which other programs hold {memory_of_others(device) / GIB:.1f}"
-        message = f"out of memory{' ' if place else ''}{place}: {peak_reserved(device) / GIB:.2f} GiB were in use{more}"
+        message = f"out of memory {activity}".rstrip() + f": {peak_reserved(device) / GIB:.2f} GiB were in use{more}"
         message += f", of {total_memory(device) / GIB:.1f} GiB{others}"
         fail("\nTry, in this order: ".join(filter(None, [message, "; ".join(remedies)])), 1)

@@ -25,11 +25,7 @@ def find_chinese_font() -> str | None:
 
 
 def draw_confusion(scores: dict[str, dict[str, Any]], file: Path) -> None:
-    """Draw a matrix for each task that has label words: a row for each right label, a column for each answer.
-
-    Args:
-        scores: from `metrics.score`.
-    """
+    """Draw a matrix for each task that has label words: a row for each right label, a column for each answer."""
     from matplotlib import rc_context, style  # here because scores are computed without it too
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay

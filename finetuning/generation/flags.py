@@ -69,11 +69,7 @@ class InferenceArguments(FieldArguments):
 
 
 def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_tokens: int) -> list[str]:
-    """The flags that save memory while answering and are not used yet, in the order to try them.
-
-    Args:
-        max_new_tokens: the longest answer.
-    """
+    """The flags that save memory while answering and are not used yet, in the order to try them."""
     in_batches = args.batch_size > 1 and args.instruction is None and not args.interactive
     flags = [f"--batch_size {max(1, args.batch_size // 4)}"] if in_batches else []
     flags += [] if model_args.load_in_4bit else ["--load_in_4bit True"]
@@ -83,11 +79,7 @@ def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_t
 def parse_inference_arguments(
     description: str | None, argv: list[str] | None = None
 ) -> tuple[ModelArguments, InferenceArguments]:
-    """Parse the command line. Base model and quantisation stay None unless given: the adapter knows them.
-
-    Raises:
-        SystemExit: code 2, for a flag or value that cannot be used.
-    """
+    """Parse the command line. Base model and quantisation stay None unless given: the adapter knows them."""
     parser = ScriptParser((ModelArguments, InferenceArguments), description)
     parser.set_defaults(model_path=None, load_in_4bit=None)
     model_args, args = parser.parse(argv)

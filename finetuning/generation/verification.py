@@ -88,11 +88,7 @@ class Comparison:
         )
 
     def print(self, name: str) -> None:
-        """Print the numbers.
-
-        Args:
-            name: what was compared with what.
-        """
+        """Print the numbers after a `name` that says what was compared."""
         parted = f" (where others part, the expected token led by {max(self.leads, default=0):.2g})"
         say(
             f"{name}, {self.rows} rows: largest logit difference {max(self.differences):.2g} (largest logit "

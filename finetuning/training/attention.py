@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -31,18 +32,9 @@ def choose_attention(
     half_precision: bool,
     has_varlen: bool,
 ) -> str:
-    """Which of the KERNELS trains: the first line that fits.
+    """Choose the one of the KERNELS that trains.
 
-    | model                        | device           | precision | batches   | PyTorch         | kernel        |
-    |------------------------------|------------------|-----------|-----------|-----------------|---------------|
-    | sliding windows, or unknown  | any              | any       | any       | any             | STOCK         |
-    | other                        | not CUDA         | any       | any       | any             | rows          |
-    | other                        | CUDA, before 8.0 | any       | any       | any             | repeated_rows |
-    | other                        | CUDA             | float32   | any       | any             | repeated_rows |
-    | without dropout in attention | CUDA             | half      | flattened | has varlen_attn | varlen        |
-    | other                        | CUDA             | half      | any       | any             | rows          |
-
-    Keys and values are repeated where only kernels that want as many key heads as query heads are fused: with fewer,
+    Keys and values are repeated if only kernels that want as many key heads as query heads are fused: with fewer,
     PyTorch takes its slowest way there, in float32 and with T x T scores in memory.
 
     Args:
@@ -50,9 +42,9 @@ def choose_attention(
         half_precision: whether training runs in float16 or bfloat16.
         has_varlen: from `torch_has_varlen`.
     """
-    if not needs_no_mask(config):
+    if not needs_no_mask(config):  # sliding windows, or an unknown family
         return STOCK
-    if capability is None:
+    if capability is None:  # not CUDA
         return "rows"
     if capability < (8, 0) or not half_precision:
         return "repeated_rows"
@@ -110,6 +102,7 @@ def attend_rows(
     row_lengths: list[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    repeat: bool = False,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's causal attention, on one row of a flattened batch after the other, or on a padded batch.
@@ -117,10 +110,13 @@ def attend_rows(
     Args:
         query: (B, heads, T, head_dim); key and value: (B, key-value heads, T, head_dim).
         row_lengths: of the rows that make up T; None for a padded batch.
+        repeat: repeat key and value heads until there are as many as query heads.
 
     Returns:
         (B, T, heads, head_dim), and None for the attention weights.
     """
+    if repeat:
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     row_lengths = row_lengths or [query.shape[2]]
     rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
     options = {"is_causal": True, "scale": scaling, "dropout_p": dropout, "enable_gqa": key.shape[1] < query.shape[1]}
@@ -128,23 +124,10 @@ def attend_rows(
     return torch.cat(attended, dim=1), None
 
 
-def attend_repeated_rows(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *rest: object,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """`attend_rows`, with as many key and value heads as query heads."""
-    key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
-    return attend_rows(module, query, key, value, *rest, **kwargs)
-
-
 # registered without a mask function: transformers makes no mask, and reads no value of a batch to decide on one
 AttentionInterface.register("varlen", attend_varlen)
 AttentionInterface.register("rows", attend_rows)
-AttentionInterface.register("repeated_rows", attend_repeated_rows)
+AttentionInterface.register("repeated_rows", partial(attend_rows, repeat=True))
 
 
 @contextmanager

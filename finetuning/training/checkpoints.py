@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or known not to be, and what an output folder may already hold.
+"""Write complete checkpoints, choose the one to resume from, and guard the output folder.
 
-The Trainer writes a checkpoint; `CheckpointWriter` then adds `adapter_info.json`, when everything else is on the disk.
-A checkpoint without that file is half written.
+The Trainer writes a checkpoint; `CheckpointWriter` then adds `adapter_info.json`, when everything else is on the disk,
+with the size of each file. A checkpoint without it is half written, one with files of other sizes is damaged.
 """
 
 import json
@@ -9,13 +9,11 @@ import math
 import os
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -37,11 +35,6 @@ from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.training.flags import Arguments
 from finetuning.training.processes import engine_asked_for
 
-STATE = "trainer_state.json"
-PICKLES = ("optimizer.pt", "scheduler.pt")
-# What takes the place of optimizer.pt if an engine divides the optimizer: the file that is written last.
-OPTIMIZERS = {"FSDP": "optimizer_0/.metadata", "DeepSpeed": "latest", None: "optimizer.pt"}
-
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
@@ -58,7 +51,7 @@ def run_settings(args: Arguments) -> dict[str, Any]:
 
 
 class CheckpointWriter(TrainerCallback):
-    """Makes each checkpoint of the Trainer an adapter too, marks it as whole, and then removes the oldest.
+    """Makes each checkpoint of the Trainer an adapter too, marks it as complete, and then removes the oldest.
 
     Args:
         adapter_files: texts by file name, `adapter_info.json` among them.
@@ -93,7 +86,10 @@ class CheckpointWriter(TrainerCallback):
             if name != INFO:
                 (folder / name).write_text(text, encoding="utf-8")
         flush_to_disk(folder)
-        (folder / INFO).write_text(self.adapter_files[INFO], encoding="utf-8")
+        written = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
+        info = json.loads(self.adapter_files[INFO]) | {"files": files}
+        (folder / INFO).write_text(json.dumps(info, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         flush_to_disk(folder)
         # by the number of the step: copied files may have any time
         rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
@@ -116,7 +112,7 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
-    """If `error` is a checkpoint that could not be written, remove its half and end the program with the remedy."""
+    """If `error` is a checkpoint that could not be written, delete what there is of it, and exit with the remedy."""
     folder = checkpoint_folder(output_dir, step)
     half_written = folder.is_dir() and find_broken_part(folder)
     if not is_disk_error(error) or not (half_written or str(folder) in str(error)):
@@ -179,25 +175,14 @@ def remove_checkpoints(output_dir: str) -> None:
 
 
 def find_broken_part(folder: Path) -> str | None:
-    """The first file that a checkpoint lacks, or that was only half written; None for a whole checkpoint."""
-    if not any((folder / name).is_file() for name in OPTIMIZERS.values()):
-        return f"{OPTIMIZERS[None]} is missing"
-    for name in (CONFIG, WEIGHTS, PICKLES[1], STATE, INFO):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-    if not any(folder.glob("rng_state*.pth")):
-        return "rng_state.pth is missing"
+    """The first file that a checkpoint lacks, or that is not as long as it was; None for a complete checkpoint."""
     try:
-        for name in (CONFIG, STATE, INFO):
-            json.loads((folder / name).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, "pt"):  # compares the header with the file's size
-            pass
-    except (ValueError, SafetensorError):
-        return f"{name if name != INFO else WEIGHTS} is broken"
-    for path in [folder / name for name in PICKLES] + list(folder.glob("rng_state*.pth")):
-        # torch.save writes a zip file, whose table of contents comes last
-        if path.exists() and not zipfile.is_zipfile(path):
-            return f"{path.name} is broken"
+        sizes = json.loads((folder / INFO).read_text(encoding="utf-8")).get("files", {})  # older ones list none
+    except (OSError, ValueError):
+        return f"{INFO} is missing or broken"
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{name} is {'broken' if (folder / name).is_file() else 'missing'}"
     return None
 
 
@@ -207,7 +192,7 @@ def find_resume_checkpoint(
     """The checkpoint to resume from.
 
     Args:
-        wanted: `--resume_from_checkpoint`: a folder, or "True" for the newest whole checkpoint.
+        wanted: `--resume_from_checkpoint`: a folder, or "True" for the newest complete checkpoint.
         adapter_files: those of the run that is about to start, from `describe_adapter`.
 
     Raises:
@@ -246,24 +231,17 @@ def find_resume_checkpoint(
 
 
 def check_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any], remedy: str) -> None:
-    """Refuse to resume with other settings; print what another number of processes changes.
-
-    Args:
-        folder: the checkpoint.
-        saved, current: the settings of the run that wrote it, and of the run that is about to start.
-    """
-    old, new = saved.get("engine"), current["engine"]
+    """Refuse to resume a checkpoint with other settings; print what another number of processes changes."""
+    saved = {"engine": None, "processes": 1} | saved  # older ones lack these
+    old, new = (settings["engine"] or "whole weights" for settings in (saved, current))
     if old != new:
-        fail(
-            f"'{folder}' was trained with {old or 'whole weights'}, and this run has {new or 'whole weights'}: their "
-            f"checkpoints differ; {remedy}"
-        )
-    before, now = saved.get("processes", 1), current["processes"]
-    names = [name for name in saved if name not in ("engine", "processes")]
+        fail(f"'{folder}' was trained with {old}, and this run has {new}: their checkpoints differ; {remedy}")
+    before, now = saved["processes"], current["processes"]
+    names = saved.keys() - {"engine", "processes"}
     if before != now:
         if old == "DeepSpeed":
             fail(f"'{folder}' was trained with {before} processes, and DeepSpeed resumes with as many; {remedy}")
-        rows, these = rows_of_a_step(saved), rows_of_a_step(current)
+        rows, these = (math.prod(settings[name] for name in (*ROWS, "processes")) for settings in (saved, current))
         if rows != these:
             fail(
                 f"'{folder}' was trained with {rows} rows a step in {before} process(es); {now} now have {these}: set "
@@ -272,11 +250,7 @@ def check_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any],
         say(
             f"resumed with {now} process(es) instead of {before}: each step keeps its rows, dropout draws other numbers"
         )
-        names = [name for name in names if name not in ROWS]
-    for name in names:
+        names -= set(ROWS)
+    for name in sorted(names):
         if saved[name] != current.get(name):
             fail(f"'{folder}' was trained with --{name} {saved[name]}, not {current.get(name)}; {remedy}")
-
-
-def rows_of_a_step(settings: dict[str, Any]) -> int:
-    return settings.get("processes", 1) * math.prod(settings[name] for name in ROWS)

@@ -1,10 +1,17 @@
-"""The dry run: how much memory a run needs, measured part by part before it starts, whether that fits, and its time."""
+"""What a run needs, known before it starts: the dry run measures each part, the rehearsal is a run's own beginning.
+
+The longest rows need the most memory. A run that does not fit ends in its first seconds, and not hours later when it
+meets them; and its time is known. Nothing of a rehearsal stays: no gradient, no loss, no random number that was drawn.
+"""
 
 import copy
 import math
 import tempfile
+import time
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import release_memory
 from datasets import Dataset
@@ -16,6 +23,7 @@ from finetuning.cli.console import describe_duration, say
 from finetuning.cli.memory import (
     GIB,
     is_out_of_memory,
+    memory_advice,
     memory_of_others,
     peak_memory,
     peak_reserved,
@@ -26,12 +34,20 @@ from finetuning.cli.memory import (
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments, memory_flags
-from finetuning.training.rehearsal import take_pass
 from finetuning.training.trainer import make_trainer
 
 BYTES_IN_4BIT = 0.55  # of a weight, with its share of the scales and of the one matrix that is in half precision
 FEWEST_TOKENS = 16  # to measure on
 UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
+MOST_ROWS = 4  # named in a message
+OPTIMIZER = 8  # bytes of a trained weight: the two numbers of AdamW
+IN_BACKWARD = ("layerwise", "lomo")  # endings of optimizers that change the weights in the backward pass
+
+
+class Rehearsal(NamedTuple):
+    longest: int  # row, in tokens
+    peak: int  # bytes: the most memory that the run will need
+    seconds: float  # of a step
 
 
 class Measurement(NamedTuple):
@@ -57,8 +73,8 @@ class Measurement(NamedTuple):
 def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args: Arguments) -> None:
     """Take a few steps on the longest rows; print the memory of each part, whether it fits, and the time of the run."""
     lengths = row_lengths(train_dataset)
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.training.per_device_train_batch_size :]
-    rows = [train_dataset[number] for number in longest]
+    longest = np.argsort(lengths, kind="stable")[-args.training.per_device_train_batch_size :]
+    rows = [train_dataset[int(number)] for number in longest]
     tokens, learnt = count_tokens(rows), sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
     measured = measure(model, pad_token_id, rows, args.training)
     step = measured.scaled(tokens)
@@ -194,7 +210,8 @@ def take_steps(trainer: Trainer, rows: list[dict[str, Any]], before: int) -> Mea
         reserved.append(peak_reserved(device))
         trainer.model.zero_grad()
     training = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
-    training += sum(tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values())
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    training += sum(value.nbytes for value in states if isinstance(value, torch.Tensor))  # Adafactor also has numbers
     return Measurement(
         tokens=count_tokens(rows),
         before=before,
@@ -204,6 +221,16 @@ def take_steps(trainer: Trainer, rows: list[dict[str, Any]], before: int) -> Mea
         kept=max(reserved) - max(peaks),
         seconds=seconds,
     )
+
+
+def take_pass(trainer: Trainer, rows: list[dict[str, Any]]) -> float:
+    """Take the forward and the backward pass of a batch, which leave their gradients; returns the seconds they took."""
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+    begin = time.perf_counter()
+    trainer.training_step(trainer.model_wrapped, batch, count)
+    if trainer.args.device.type != "cpu":
+        torch.accelerator.synchronize(trainer.args.device)
+    return time.perf_counter() - begin
 
 
 def halve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,3 +251,37 @@ def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_toke
     tokens = min(rows, len(lengths)) * sum(lengths) / len(lengths)  # of a step
     duration = describe_duration(steps * tokens * seconds_per_token)
     say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows} rows, about {duration}")
+
+
+def rehearse(trainer: Trainer, args: Arguments) -> Rehearsal | None:
+    """Take the forward and the backward pass of a batch of the longest rows and of one of usual rows, and measure them.
+
+    If memory runs out, the message names the rows. Returns None if it would change something: with several processes,
+    which would have to agree, and with optimizers that work in the backward pass.
+    """
+    training, size, device = args.training, trainer.state.train_batch_size, args.training.device
+    if training.world_size > 1 or training.optim.endswith(IN_BACKWARD):
+        return None
+    lengths = np.array(row_lengths(trainer.train_dataset))
+    order = lengths.argsort(kind="stable")
+    middle = int(np.searchsorted(lengths[order], lengths.mean())) - size // 2
+    start = max(0, min(middle, len(order) - size))
+    longest, usual = order[-size:], order[start : start + size]
+    shown = ", ".join(str(trainer.train_dataset[int(row)]["row_number"]) for row in longest[::-1][:MOST_ROWS])
+    shown += ", ..." if len(longest) > MOST_ROWS else ""
+    activity = f"on the longest rows ({shown}: up to {lengths.max():,} tokens)"
+    remedies = memory_flags(args, int(lengths.max())).values()
+    # without advice the Trainer itself tries smaller batches
+    advice = nullcontext() if training.auto_find_batch_size else memory_advice(device, remedies, activity)
+    with advice, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for rows in (longest, usual):
+            seconds = take_pass(trainer, [trainer.train_dataset[int(row)] for row in rows])
+            seconds *= lengths.mean() / lengths[rows].mean()
+            trainer.model.zero_grad()
+    trainer.not_finite_guard.forwards.clear()
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    return Rehearsal(
+        longest=int(lengths.max()),
+        peak=peak_reserved(device) + OPTIMIZER * trained,
+        seconds=seconds * training.gradient_accumulation_steps,
+    )

@@ -46,15 +46,8 @@ class Arguments:
 def parse_arguments(
     method_arguments: type, description: str | None, argv: list[str] | None = None, **defaults: Any
 ) -> Arguments:
-    """Parse a training script's command line, and settle precision and device.
-
-    Args:
-        method_arguments: the dataclass of the method's own flags.
-        defaults: the method's defaults for fields of TrainingArguments.
-
-    Raises:
-        SystemExit: code 2, for a flag or value that cannot be used.
-    """
+    """Parse a training script's command line, with the method's defaults for TrainingArguments, and settle precision
+    and device."""
     groups = (ModelArguments, DataArguments, RunArguments, method_arguments, TrainingArguments)
     parser = ScriptParser(groups, description)
     parser.set_defaults(
@@ -85,9 +78,7 @@ def parse_arguments(
         flags.accelerator_config = {"non_blocking": True}  # a batch is copied to the GPU while it works
     if flags.use_liger_kernel:
         if not (on_cuda and find_spec("liger_kernel")):
-            fail(
-                "--use_liger_kernel needs a GPU and the package liger-kernel: pip install liger-kernel, or leave it out"
-            )
+            fail("--use_liger_kernel needs a GPU and a package: pip install liger-kernel, or leave the flag out")
         flags.liger_kernel_config = LIGER_KERNELS
     if isinstance(flags.report_to, str):
         flags.report_to = flags.report_to.replace(" ", "").split(",")  # several, commas between
@@ -120,8 +111,7 @@ def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
     if device != "cuda":
         return f"float32, on {'the GPU of this Mac' if device == 'mps' else device}"
     if training_args.fp16:
-        advice = "; --bf16 True is safer for Qwen, and this GPU supports it" if has_bf16 else ""
-        return f"float16{advice}"
+        return "float16" + ("; --bf16 True is safer for Qwen, and this GPU supports it" if has_bf16 else "")
     return "bfloat16" if training_args.bf16 else "float32"
 
 
@@ -151,14 +141,12 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
 def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
     """The flags that save memory and are not used yet, by what they do, in the order to try them.
 
-    Args:
-        longest: row of the data in tokens, if it is known.
+    They cut rows to half the `longest` of the data, in tokens, if that is known.
     """
     training, checkpointing = args.training, args.training.gradient_checkpointing
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    one_row = []
-    if batch > 1:
-        one_row.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}")
+    fewer = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}"
+    one_row = [fewer] if batch > 1 else []
     if (args.data.eval_data_path or args.data.eval_split) and training.per_device_eval_batch_size > 1:
         one_row.append("--per_device_eval_batch_size 1")
     offloads = (training.gradient_checkpointing_kwargs or {}).get("offload")

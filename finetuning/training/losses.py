@@ -67,11 +67,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class ChunkedLoss:
-    """A `compute_loss_func` for the Trainer that needs the hidden states before lm_head, and not the logits.
-
-    Args:
-        head: the model's lm_head, whose weights are frozen.
-    """
+    """A `compute_loss_func` for the Trainer that needs the hidden states before a frozen lm_head, not the logits."""
 
     def __init__(self, head: torch.nn.Linear) -> None:
         if head.weight.requires_grad:

@@ -8,43 +8,30 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, concatenate_datasets
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging, strtobool
+from transformers.utils import logging
 
 from finetuning.cli.console import fact, fail, is_main_process
 from finetuning.training.collators import BLANK_ROW
 
 
 def engine_asked_for(args: Any) -> str | None:
-    """ "FSDP" or "DeepSpeed", if a flag or accelerate's configuration asks for it; None for DDP and for one process.
-
-    Args:
-        args: TrainingArguments, or the flags that they will be made of.
-    """
+    """ "FSDP" or "DeepSpeed" if a flag of TrainingArguments or accelerate's configuration asks for it; else None."""
     for name, flag in {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed}.items():
-        if flag or strtobool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+        if flag or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             return name
     return None
 
 
 def check_engine(engine: str | None, use_cpu: bool) -> None:
-    """Refuse an engine that cannot work here. accelerate would train without it, and without a word.
-
-    Args:
-        engine: from `engine_asked_for`.
-
-    Raises:
-        SystemExit: code 2.
-    """
+    """Refuse an engine (from `engine_asked_for`) that cannot work here: accelerate would train on without it."""
     if engine and use_cpu:
-        fail(
-            f"{engine} was asked for, but there is no GPU, and accelerate would leave it out without a word; "
-            "use configs/ddp.yaml"
-        )
+        fail(f"{engine} was asked for, but there is no GPU, and accelerate would leave it out; use configs/ddp.yaml")
     if engine and "LOCAL_RANK" not in os.environ:
         fail(f"{engine} was asked for, but this process was started alone; start it with accelerate launch or torchrun")
     if engine == "DeepSpeed" and not find_spec("deepspeed"):

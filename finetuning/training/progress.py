@@ -9,8 +9,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from finetuning.cli.console import cyan, describe_duration, fact, say
 from finetuning.cli.memory import GIB, memory_of_others, peak_reserved, total_memory, used_memory
 from finetuning.training.collators import row_lengths
+from finetuning.training.dry_run import Rehearsal, rehearse
 from finetuning.training.flags import Arguments
-from finetuning.training.rehearsal import Rehearsal, rehearse
 from finetuning.training.trainer import FineTuningTrainer
 
 COLUMNS = "   step  epoch      loss  grad norm  learning rate  tokens/s     GiB      left"
@@ -89,11 +89,7 @@ class ProgressLog(TrainerCallback):
 def print_steps(
     args: TrainingArguments, state: TrainerState, rows: int, tokens: float, rehearsal: Rehearsal | None
 ) -> None:
-    """Print how many steps the run takes, how long, and the memory that it needs or, if that is not known, has.
-
-    Args:
-        rows, tokens: of a step.
-    """
+    """Print the run's steps (of so many rows and tokens), its time, and the memory that it needs or, else, has."""
     saves = f"; a checkpoint every {state.save_steps:,} steps" if args.save_strategy == "steps" else ""
     resumed = f" from step {state.global_step:,}" if state.global_step else ""
     fact("steps", f"{state.max_steps:,}{resumed}, of {rows:,} rows (about {tokens:,.0f} tokens){saves}")

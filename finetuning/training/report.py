@@ -26,8 +26,9 @@ from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments
-from finetuning.training.loss_curve import draw_losses
 
+BLUE, ORANGE, GREY = "#1f6feb", "#d1570a", "#6e7781"  # in the picture
+FEW = 40  # points; each gets a dot of its own
 LOGGED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm")  # what the report keeps of the Trainer's log
 # Fields of adapter_info.json that the report repeats, so that it can be read alone.
 REPEATED = ("base_model", "quantization", "prompt_format", "thinking", "command", "versions")
@@ -41,29 +42,8 @@ def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
 
 
-def measure_speed(
-    metrics: dict[str, float], share: float, train_dataset: Dataset, device: torch.device
-) -> dict[str, float]:
-    """Time, tokens a second and peak memory of a run.
-
-    Args:
-        metrics: of the Trainer's result. Its speed counts all steps of the run.
-        share: of the steps that were taken now; the others were taken before the run was resumed.
-    """
-    tokens_per_row = sum(row_lengths(train_dataset)) / len(train_dataset)
-    return {
-        "seconds": metrics["train_runtime"],
-        "tokens_per_second": metrics["train_samples_per_second"] * share * tokens_per_row,
-        "peak_memory_gib": peak_reserved(device) / GIB,
-    }
-
-
 def print_run(run: dict[str, Any], output_dir: str) -> None:
-    """Print what a run took, how its losses changed, and where the adapter is.
-
-    Args:
-        run: from `describe_run`.
-    """
+    """Print what a run (from `describe_run`) took, how its losses changed, and where the adapter is."""
     speed = run["speed"]
     say(
         f"\ntrained in {describe_duration(speed['seconds'])}, {speed['tokens_per_second']:,.0f} tokens/s, "
@@ -100,8 +80,9 @@ def describe_run(
         checkpoint: that the run was resumed from. Its log is part of the history; the speed is that of the steps since.
         summary: of the training data.
     """
-    state, device = trainer.state, args.training.device
+    state, device, seconds = trainer.state, args.training.device, metrics["train_runtime"]
     resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
+    tokens = sum(row_lengths(trainer.train_dataset)) * state.epoch * (1 - resumed_at / state.global_step)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     config = trainer.model.peft_config["default"]
     settings = {"model_path": args.model.model_path} | vars(args.method)
@@ -125,18 +106,17 @@ def describe_run(
         "epochs": state.epoch,
         "resumed_at_step": resumed_at,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "speed": measure_speed(metrics, 1 - resumed_at / state.global_step, trainer.train_dataset, device),
+        "speed": {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": peak_reserved(device) / GIB,
+        },
         "history": merge_log(state.log_history),
     }
 
 
 def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
-    """Write the report, the picture and the model card of a run beside its adapter. What fails only gives a warning.
-
-    Args:
-        run: from `describe_run`.
-        scores: on the evaluation rows, as Markdown; "" if there are none.
-    """
+    """Write the report, the picture and the model card of a run beside its adapter. What fails only gives a warning."""
     folder = Path(output_dir)
     with attempt(REPORT):
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
@@ -154,3 +134,43 @@ def write_report(run: dict[str, Any], scores: str, output_dir: str) -> None:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         card = make_model_card(report, output_dir, scores, CURVE if (folder / CURVE).is_file() else None)
         (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def draw_losses(history: list[dict[str, Any]], file: Path) -> None:
+    """Draw the losses and the learning rate against the steps, on white so that they can be read on any page."""
+    from matplotlib import style  # here because training itself does not need it
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    def points(name: str) -> tuple[list[int], list[float]]:
+        found = [entry for entry in history if entry.get(name) is not None]
+        return [entry["step"] for entry in found], [entry[name] for entry in found]
+
+    with style.context("default"):  # whatever the user's own style is
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained", facecolor="white")
+        axes = figure.subplots()
+        for name, title, colour in (("loss", "training loss", BLUE), ("eval_loss", "evaluation loss", ORANGE)):
+            steps, losses = points(name)
+            if steps:
+                marker = "o" if len(steps) <= FEW or name == "eval_loss" else ""
+                axes.plot(steps, losses, color=colour, label=title, marker=marker, markersize=3, linewidth=1.6)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+
+        rates = axes.twinx()
+        rates.plot(*points("learning_rate"), color=GREY, label="learning rate", linewidth=0.9, linestyle="--")
+        rates.set_ylim(bottom=0)
+        rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rates.tick_params(axis="y", colors=GREY, labelsize=8)
+        rates.yaxis.get_offset_text().set(color=GREY, size=8)
+        rates.spines[["top", "left", "bottom"]].set_visible(False)
+        rates.spines["right"].set_color(GREY)
+
+        lines = axes.get_lines() + rates.get_lines()
+        titles = [line.get_label() for line in lines]
+        figure.legend(lines, titles, frameon=False, loc="outside upper center", ncols=3)
+        figure.savefig(file, dpi=200)

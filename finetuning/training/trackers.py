@@ -21,11 +21,7 @@ OFFLINE_MODES = ("offline", "local", "disabled")
 
 
 def check_trackers(names: list[str], hub_token: str | None) -> None:
-    """Refuse a tracker that does not exist or lacks its package, and a token in a command line that is recorded.
-
-    Raises:
-        SystemExit: code 2.
-    """
+    """Refuse a tracker that does not exist or lacks its package, and a token in a command line that is recorded."""
     for name in names:
         try:
             get_reporting_integration_callbacks([name])
@@ -39,11 +35,7 @@ def check_trackers(names: list[str], hub_token: str | None) -> None:
 
 
 def reach_trackers(names: list[str]) -> None:
-    """Log in, or open the store. The callbacks would do it after the model is loaded, and fail with a traceback.
-
-    Raises:
-        SystemExit: code 2, for a key that is missing or refused, a store that cannot be used, and without a network.
-    """
+    """Log in, or open the store. The callbacks would do it after the model is loaded, and fail with a traceback."""
     for name in names:
         if name not in REMEDIES or os.environ.get(f"{name.upper()}_MODE") in OFFLINE_MODES or not is_main_process():
             continue
@@ -58,11 +50,7 @@ def start_swanlab(args: TrainingArguments) -> None:
     """Start SwanLab's run. transformers 5.23 asks first whether there is one, which is an error from SwanLab 0.8 on."""
     if "swanlab" not in args.report_to or not is_main_process():
         return
-    swanlab = import_module("swanlab")
-    resume = os.environ.get("SWANLAB_RESUME") or ("allow" if args.resume_from_checkpoint else None)
-    swanlab.init(
-        project=os.environ.get("SWANLAB_PROJECT"),
-        experiment_name=args.run_name,
-        id=os.environ.get("SWANLAB_RUN_ID"),
-        resume=resume,
-    )
+    names = {"project": "SWANLAB_PROJECT", "id": "SWANLAB_RUN_ID", "resume": "SWANLAB_RESUME"}
+    options = {name: os.environ.get(variable) for name, variable in names.items()}
+    options["resume"] = options["resume"] or ("allow" if args.resume_from_checkpoint else None)
+    import_module("swanlab").init(experiment_name=args.run_name, **options)

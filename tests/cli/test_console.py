@@ -1,4 +1,4 @@
-"""console.py: what stands in a log file."""
+"""console.py: what stands in a log file, and in one line."""
 
 import re
 
@@ -17,3 +17,12 @@ def test_lines_of_a_progress_bar(total: int | None, monkeypatch: pytest.MonkeyPa
         bar.refresh()
     pattern = r"reading: 200 of 500 rows, 00:00 so far, 00:00 left" if total else r"reading: 200 rows, 00:00 so far"
     assert any(re.fullmatch(pattern, line.strip()) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\none\ntwo\n"), "one"), (OSError(), "OSError"), (RuntimeError(" \n"), "RuntimeError")],
+)
+def test_first_line_of_an_error(error: Exception, line: str) -> None:
+    """An error without a message is named."""
+    assert console.first_line(error) == line

@@ -108,6 +108,8 @@ def test_differences() -> None:
         'the <mark class="extra">cat</mark>',
         'the <mark class="missing">&lt;hat&gt;</mark>',
     )
+    assert mark_difference("<b> cat", "<b> ") == ('&lt;b&gt; <mark class="extra">cat</mark>', "&lt;b&gt; ")
+    assert mark_difference("<i>", "") == ('<mark class="extra">&lt;i&gt;</mark>', "")
     assert mark_difference("good", "good morning") == ("good", 'good<mark class="missing"> morning</mark>')
     long = "的一是" * 200  # common characters are no noise
     assert mark_difference("好" + long, long) == ('<mark class="extra">好</mark>' + long, long)

@@ -68,6 +68,8 @@ def test_gradients_and_the_states_of_the_optimizer_count(
     printed = run_main(train_lora, *plan_flags)
     trained = int(re.search(r"^trainable +([\d,]+)", printed, re.M)[1].replace(",", ""))
     assert 12 * trained <= measured[0].training < 12.5 * trained
+    run_main(train_lora, *plan_flags, "--optim", "adafactor")  # which keeps less
+    assert 4 * trained < measured[1].training < 8 * trained
 
 
 CHECKPOINTING, IN_4BIT, ONE_ROW, HALF = (

@@ -1,4 +1,4 @@
-"""rehearsal.py: what the longest rows need is known before the first step, and nothing of it stays."""
+"""The rehearsal: what the longest rows need is known before the first step, and nothing of it stays."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from transformers import Trainer
 import train_lora
 import train_prompt_tuning
 from finetuning.training import progress
-from finetuning.training.rehearsal import rehearse
+from finetuning.training.dry_run import rehearse
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_memory_and_time_are_known_before_the_first_step(
 
     clock = chain([0, 100, 200, 205], count(300))  # begin and end of each of the two batches; then the run's own time
     monkeypatch.setattr(Trainer, "training_step", record)
-    monkeypatch.setattr("finetuning.training.rehearsal.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("finetuning.training.dry_run.time.perf_counter", lambda: next(clock))
     words = ["--max_steps", 3, "--gradient_accumulation_steps", 2, "--logging_strategy", "no"]
     printed = run_main(train_lora, *long_row, *words)
     (four, longest, row), (usual, shorter, _), *_ = tokens

@@ -24,8 +24,7 @@ from finetuning.cli.arguments import ScriptParser
 from finetuning.cli.commands import resume_command
 from finetuning.generation.generate import make_generation_config
 from finetuning.training import report
-from finetuning.training.loss_curve import draw_losses
-from finetuning.training.report import merge_log
+from finetuning.training.report import draw_losses, merge_log
 
 
 @pytest.fixture
