@@ -1,6 +1,7 @@
-"""console.py: what stands in a log file."""
+"""console.py: what stands in a log file, and how Ctrl-C ends a program."""
 
 import re
+import sys
 
 import pytest
 
@@ -17,3 +18,15 @@ def test_lines_of_a_progress_bar(total: int | None, monkeypatch: pytest.MonkeyPa
         bar.refresh()
     pattern = r"reading: 200 of 500 rows, 00:00 so far, 00:00 left" if total else r"reading: 200 rows, 00:00 so far"
     assert any(re.fullmatch(pattern, line.strip()) for line in lines), lines
+
+
+def test_an_interrupt_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 41: one word and the shell's exit code; every other exception is shown as usual."""
+    codes: list[int] = []
+    monkeypatch.setattr(console.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    console.end_quietly_on_interrupt()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert codes == [130] and capsys.readouterr().err == "stopped\n"
+    sys.excepthook(ValueError, ValueError("a bug"), None)
+    assert codes == [130] and capsys.readouterr().err == "ValueError: a bug\n"
