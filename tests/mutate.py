@@ -415,7 +415,7 @@ def survives(mutant: Mutant) -> bool:
             return True
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         name, _, words = mutant.test.partition(" ")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
         command += [str(path) for path in (copy / "tests").rglob(f"{name}.py")] + (["-k", words] if words else [])
         result = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8", check=False)
         if result.returncode not in (0, 1):  # no test ran, or the mutant does not parse

@@ -30,6 +30,8 @@ from transformers import (
 from common import load_data, preprocess_function
 from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli import console
+from finetuning.generation import evaluate
+from finetuning.generation.generate import make_generation_config
 from finetuning.preprocessing.dataset import Data
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.preprocessing.files import DataError, find_files
@@ -191,6 +193,26 @@ def loss_alone(model: torch.nn.Module, row: dict[str, list[int]]) -> torch.Tenso
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
     logits = model(input_ids=ids).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def six_steps(base_path: str, rows_path: str, folder: Path) -> list[str]:
+    """The flags of a short run."""
+    return (
+        f"--model_path {base_path} --data_path {rows_path} --output_dir {folder} "
+        "--per_device_train_batch_size 4 --max_steps 6 --disable_tqdm True"
+    ).split()
+
+
+SHORT = 16  # tokens of an answer
+
+
+def shorten_answers(patch: pytest.MonkeyPatch) -> None:
+    """Cut the answers at the end of a run: random weights never end one by themselves."""
+
+    def short(tokenizer: Qwen2Tokenizer, **limit: int) -> GenerationConfig:
+        return make_generation_config(tokenizer, SHORT)
+
+    patch.setattr(evaluate, "make_generation_config", short)
 
 
 class StopAt(StopOnSignal):

@@ -1,11 +1,13 @@
 """inference.py: a saved adapter answers as it was trained, or says why it cannot."""
 
 import copy
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,9 @@ def train(monkeypatch: pytest.MonkeyPatch, model_path: str, rows_path: str, out:
     return str(out)
 
 
-@pytest.fixture(scope="module")
-def adapter_path(base_path: str, rows_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        out = tmp_path_factory.mktemp("adapter") / "out"
-        return train(patch, base_path, rows_path, out, "--learning_rate", 0.05, "--max_steps", 6)
+@pytest.fixture
+def adapter_path(trained: Callable[..., Path]) -> str:
+    return str(trained(train_lora, "--learning_rate", 0.05))
 
 
 @pytest.fixture
@@ -282,14 +282,36 @@ def test_scores_are_not_overwritten(run: Run, adapter_path: str, rows_path: str,
     assert "a.metrics.json' already exists" in run(*flags, tmp_path / "a.jsonl", expected=2)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
-def test_terminals_that_are_not_utf8(encoding: str, base_path: str, tmp_path: Path) -> None:
+ENCODINGS = ["ascii", "cp1252", "gbk"]
+
+
+@pytest.fixture
+def odd_rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"instruction": "翻译🙂", "output": "é"}]', encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_terminals_that_are_not_utf8(
+    encoding: str, base_path: str, odd_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trap 66: what a terminal cannot show is shown as an escape, and never ends a run."""
-    rows = tmp_path / "rows.json"
-    rows.write_text('[{"instruction": "翻译🙂", "output": "é"}]', encoding="utf-8")
-    words = f"--model_path {base_path} --data_path {rows} --output_dir {tmp_path}/out --max_steps 1 --disable_tqdm True"
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    train(monkeypatch, base_path, str(odd_rows), tmp_path / "out")
+    terminal.flush()
+    printed = terminal.buffer.getvalue()
+    assert b"\\U0001f642" in printed and b"Try it:" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_terminals_of_a_process(encoding: str, base_path: str, odd_rows: Path, tmp_path: Path) -> None:
+    """Trap 66, with the streams that Python opens."""
+    words = f"--model_path {base_path} --data_path {odd_rows} --output_dir {tmp_path}/out --max_steps 1"
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    command = [sys.executable, str(REPOSITORY / "train_lora.py"), *words.split()]
+    command = [sys.executable, str(REPOSITORY / "train_lora.py"), *words.split(), "--disable_tqdm", "True"]
     result = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     assert b"\\U0001f642" in result.stdout and b"Try it:" in result.stdout

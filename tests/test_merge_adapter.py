@@ -78,7 +78,10 @@ def save_base(folder: Path, kind: str, tokenizer: Any = None) -> str:
     if kind.startswith("whole"):
         return save_whole(folder, kind.removeprefix("whole"), tokenizer)
     model_type, _, tied = kind.partition(" ")
-    changes = {"mlp_only_layers": []} if model_type == "qwen3_next" else {}  # with experts, as released
+    changes = {}
+    if model_type == "qwen3_next":  # with experts, as released, but not with 512 of them in each layer
+        changes = {"mlp_only_layers": [], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        changes |= {"shared_expert_intermediate_size": 16}
     model = make_model(model_type, tie_word_embeddings=bool(tied), **changes)
     return save_checkpoint(folder, tokenizer, push_down(model))
 

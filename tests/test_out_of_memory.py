@@ -3,11 +3,12 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
+import bitsandbytes
 import pytest
 from support import REPOSITORY, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Trainer, TrainingArguments
@@ -47,14 +48,9 @@ def advice(message: str, script: ModuleType) -> list[str]:
     return remedies.split("; ")
 
 
-@pytest.fixture(scope="module")
-def adapter_path(base_path: str, rows_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("adapter") / "out"
-    words = f"--model_path {base_path} --data_path {rows_path} --output_dir {folder} --max_steps 1 --disable_tqdm True"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train_lora.py", *words.split()])
-        train_lora.main()
-    return str(folder)
+@pytest.fixture
+def adapter_path(trained: Callable[..., Path]) -> Path:
+    return trained(train_lora)
 
 
 @pytest.mark.parametrize("script", [train_lora, train_prompt_tuning, inference])
@@ -69,24 +65,10 @@ def test_while_loading_the_model(
     assert "Try" not in run_main(script, *words, "--load_in_4bit", True, expected=1)
 
 
-def run_script(script: str, *words: str) -> str:
-    """Run a script in a process of its own, which must fail without a traceback; returns its error."""
-    command = [sys.executable, "-c", script, *words]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    return result.stderr[result.stderr.index("error: ") :]
-
-
-def test_while_quantising_the_model(base_path: str) -> None:
+def test_while_quantising_the_model(run_main: Run, base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers catches the error, and names it only in a long report, which nobody should have to read."""
-    script = (
-        "import bitsandbytes, inference\n"
-        "def run_out(*args, **kwargs):\n"
-        "    raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')\n"
-        "bitsandbytes.functional.quantize_4bit = run_out\n"
-        "inference.main()\n"
-    )
-    message = run_script(script, "--model_path", base_path, "--load_in_4bit", "True")
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", run_out)
+    message = run_main(inference, "--model_path", base_path, "--load_in_4bit", True, expected=1)
     assert message.startswith("error: out of memory while loading the model: ")
 
 
@@ -142,7 +124,7 @@ def test_while_answering(
     run_main: Run,
     words: list[str],
     remedies: list[str],
-    adapter_path: str,
+    adapter_path: Path,
     rows_path: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -153,7 +135,7 @@ def test_while_answering(
     assert message.startswith("error: out of memory: ") and advice(message, inference) == remedies
 
 
-def test_while_loading_the_adapter(run_main: Run, adapter_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_loading_the_adapter(run_main: Run, adapter_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetuning.adapter.folder.PeftModelForCausalLM.load_adapter", run_out)
     message = run_main(inference, "--adapter_path", adapter_path, expected=1)
     assert message.startswith("error: out of memory while loading the adapter: ")
@@ -183,6 +165,15 @@ common.{function} = limited
 """
 
 
+def run_script(script: str, *words: str) -> str:
+    """Run a script in a process of its own, which must fail without a traceback; returns its error."""
+    command = [sys.executable, "-c", script, *words]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr[result.stderr.index("error: ") :]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_memory_really_runs_out_while_loading(tmp_path: Path) -> None:
     """The weights cannot even be mapped."""
@@ -192,6 +183,7 @@ def test_memory_really_runs_out_while_loading(tmp_path: Path) -> None:
     assert message.startswith("error: out of memory while loading the model: ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_memory_really_runs_out_in_training(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(intermediate_size=20_000))

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer
 
 import inference
+import train_lora
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.evaluate import load_rows
 from finetuning.generation.generate import batches_by_length, encode_question, generate, make_generation_config
@@ -395,8 +397,22 @@ def test_prompt_tuning_results(workplace: Path, prompt_tuning: Path) -> None:
     assert len(others) >= 12 and set(others) == {"0"}
 
 
+def test_contract_snippet_runs(
+    trained: Callable[..., Path], base_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's Python, word for word apart from the paths; `.half()` on a CPU too."""
+    snippet = "".join(code_blocks("README.md", "python"))
+    for path, ours in {"path/to/qwen": base_path, "outputs/lora": str(trained(train_lora))}.items():
+        assert f'"{path}"' in snippet
+        snippet = snippet.replace(path, ours)
+    capsys.readouterr()
+    exec(snippet, {})
+    assert capsys.readouterr().out.startswith("Instruction: 翻译为英文\nInput: 早安")
+
+
+@pytest.mark.slow
 def test_contract_snippet(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """README's Python, word for word apart from the path of the model; `.half()` on a CPU too."""
+    """On models/tiny-qwen, with the adapter of the first command: the answer that the README promises."""
     imports, snippet = (text.replace("path/to/qwen", "models/tiny-qwen") for text in code_blocks("README.md", "python"))
     monkeypatch.chdir(workplace)
     exec(imports + snippet, {})

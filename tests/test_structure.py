@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY
 
+from finetuning.cli.arguments import beside_scripts
+from finetuning.cli.commands import inference_command
+
 PACKAGE = REPOSITORY / "finetuning"
 # A room imports from rooms of a lower floor, and from itself.
 FLOORS = {"cli": 0, "preprocessing": 1, "adapter": 2, "training": 3, "generation": 3, "benchmarking": 4}
@@ -68,6 +71,17 @@ def test_rooms_say_what_they_are() -> None:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def test_defaults_lie_beside_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 72: whatever the current folder is. So does the script of the command that a run ends with."""
+    monkeypatch.chdir(REPOSITORY)
+    assert beside_scripts("models/tiny-qwen") == "models/tiny-qwen"
+    monkeypatch.chdir(tmp_path)
+    assert beside_scripts("models/tiny-qwen") == str(REPOSITORY / "models/tiny-qwen")
+    monkeypatch.setattr("sys.argv", [str(REPOSITORY / "train_lora.py")])
+    assert inference_command("outputs/lora") == f"python {REPOSITORY / 'inference.py'} --adapter_path outputs/lora"
+
+
+@pytest.mark.slow
 def test_scripts_run_from_any_folder(tmp_path: Path) -> None:
     """With the default model and data, which lie beside the scripts."""
     command = [sys.executable, REPOSITORY / "train_lora.py", "--max_steps", "1", "--disable_tqdm", "True"]
@@ -78,7 +92,29 @@ def test_scripts_run_from_any_folder(tmp_path: Path) -> None:
     assert next_command.startswith(f"python {REPOSITORY / 'inference.py'} --adapter_path outputs/lora ")
 
 
-@pytest.mark.parametrize("script", ["train_lora", "train_prompt_tuning", "inference", "benchmark"])
+SILENT = ["train_lora", "train_prompt_tuning", "inference", "benchmark"]
+
+
+def packages(module: str) -> list[str]:
+    """What a module imports at its top from outside the standard library, in order."""
+    names: list[str] = []
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [name.name for name in node.names]
+    return [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+
+
+@pytest.mark.parametrize("script", SILENT)
+def test_console_is_imported_first(script: str) -> None:
+    """It silences bitsandbytes, and imports nothing that brings it along."""
+    assert packages(script)[0] == "finetuning.cli.console"
+    assert packages("finetuning.cli.console") == ["tqdm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SILENT)
 def test_bitsandbytes_is_silenced_before_it_is_imported(script: str) -> None:
     """On some processors its remark on `gemm_4bit_forward` would be the first line that a newcomer sees."""
     code = (

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from support import (
+    SHORT,
     STEP,
     Run,
     StopAt,
@@ -23,6 +25,7 @@ from support import (
     make_tokenizer,
     preprocess,
     save_checkpoint,
+    six_steps,
 )
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -34,7 +37,6 @@ from finetuning.adapter import hub
 from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
-from finetuning.generation.generate import make_generation_config
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -103,13 +105,11 @@ def test_rows_can_be_looked_at_first(
     assert "--show_rows" in run_main(script, *flags, "--show_rows", -1, expected=2)
 
 
-def test_two_runs_are_equal(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_two_runs_are_equal(run: Run, flags: list[str], trained: Callable[..., Path], tmp_path: Path) -> None:
     """Trap 21: the seed is set before the adapter is made."""
     run(*flags)
-    run(*flags, "--output_dir", tmp_path / "again")
-    run(*flags, "--output_dir", tmp_path / "other", "--seed", 1)
-    assert equal_weights(tmp_path / "out", tmp_path / "again")
-    assert not equal_weights(tmp_path / "out", tmp_path / "other")
+    assert equal_weights(tmp_path / "out", trained(train_lora))
+    assert not equal_weights(tmp_path / "out", trained(train_lora, "--seed", 1))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -184,12 +184,11 @@ def test_4bit_model_is_nf4_and_the_rest_is_left_alone(tmp_path: Path) -> None:
     assert not isinstance(model.lm_head, Linear4bit) and model.lm_head.weight.dtype == torch.float32
 
 
-def test_gradient_checkpointing_changes_nothing(run: Run, flags: list[str], tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(trained: Callable[..., Path]) -> None:
     """Trap 5: under reentrant checkpointing a frozen base gives the adapter no gradient."""
-    run(*flags, "--lora_dropout", 0)
-    out = tmp_path / "checkpointed"
-    run(*flags, "--lora_dropout", 0, "--gradient_checkpointing", True, "--output_dir", out)
-    first, second = adapter_weights(tmp_path / "out"), adapter_weights(out)
+    more = ["--lora_dropout", 0]
+    first = adapter_weights(trained(train_lora, *more))
+    second = adapter_weights(trained(train_lora, *more, "--gradient_checkpointing", True))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
 
@@ -202,13 +201,8 @@ def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, 
     assert "  evaluation, " not in printed and "| rows |   12 | " in printed
 
 
-def test_metrics_at_the_end(
-    run: Run, run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_at_the_end(run: Run, run_main: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
     """The scores of the saved adapter: those that inference.py gives, with dropout and checkpointing off (trap 16)."""
-    monkeypatch.setattr(
-        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=8)
-    )
     flags = [*flags, "--eval_data_path", rows_path, "--load_best_model_at_end", "True", "--learning_rate", "0.05"]
     flags += ["--gradient_checkpointing", "True", "--lora_dropout", "0.5"]
     flags += ["--eval_strategy", "steps", "--eval_steps", "4", "--save_steps", "4"]  # the last steps are of training
@@ -216,18 +210,15 @@ def test_metrics_at_the_end(
     assert "| rows |   12 | " in printed
     own = json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))
     words = f"--adapter_path {tmp_path}/out --data_path {rows_path} --output_file {tmp_path}/answers.jsonl"
-    run_main(inference, *words.split(), "--max_new_tokens", 8)
+    run_main(inference, *words.split(), "--max_new_tokens", SHORT)
     assert json.loads((tmp_path / "answers.metrics.json").read_text(encoding="utf-8"))["scores"] == own["scores"]
     run(*flags, "--overwrite_output_dir", True, "--eval_metrics", False)
     assert not (tmp_path / "out/metrics.json").exists()  # it would speak of another adapter
 
 
 def test_rows_held_out_are_evaluated_on_and_not_trained_on(
-    run: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, flags: list[str], rows_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=8)
-    )
     trained, answered = set(), []
     collate, answer = FlattenCollator.__call__, evaluate.answer_rows
 
@@ -361,15 +352,25 @@ def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 # ---- resuming (trap 17)
 
 
-@pytest.fixture
-def interrupted(run: Run, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Flags of a run that was stopped after three of six steps."""
-    flags = [*flags, "--save_steps", "1", "--logging_steps", "1"]
-    with monkeypatch.context() as patch:
+STEPWISE = ["--save_steps", "1", "--logging_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def stopped(base_path: str, rows_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped after three of six steps."""
+    folder = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("common.StopOnSignal", lambda: StopAt(3))
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags)
-    return flags
+        patch.setattr("sys.argv", ["train_lora.py", *six_steps(base_path, rows_path, folder), *STEPWISE])
+        train_lora.main()
+    return folder
+
+
+@pytest.fixture
+def interrupted(flags: list[str], stopped: Path, tmp_path: Path) -> list[str]:
+    """Flags of that run, of which tmp_path / "out" is a copy."""
+    shutil.copytree(stopped, tmp_path / "out")
+    return [*flags, *STEPWISE]
 
 
 def test_speed_of_a_resumed_run(run: Run, interrupted: list[str], tmp_path: Path) -> None:
@@ -383,22 +384,24 @@ def test_speed_of_a_resumed_run(run: Run, interrupted: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize("how", ["True", "folder"])
-def test_resumed_run_equals_an_undisturbed_one(run: Run, interrupted: list[str], tmp_path: Path, how: str) -> None:
+def test_resumed_run_equals_an_undisturbed_one(
+    run: Run, interrupted: list[str], trained: Callable[..., Path], tmp_path: Path, how: str
+) -> None:
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     run(*interrupted, "--resume_from_checkpoint", "True" if how == "True" else out / "checkpoint-3")
-    run(*interrupted, "--output_dir", tmp_path / "whole")
-    assert equal_weights(out, tmp_path / "whole")
+    assert equal_weights(out, trained(train_lora, *STEPWISE))
 
 
-def test_broken_checkpoints_are_passed_over(run: Run, interrupted: list[str], tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_broken_checkpoints_are_passed_over(
+    run: Run, interrupted: list[str], trained: Callable[..., Path], tmp_path: Path
+) -> None:
     """Trap 39: the newest whole checkpoint is used."""
     out = tmp_path / "out"
     optimizer = out / "checkpoint-3" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    run(*interrupted, "--output_dir", tmp_path / "whole")
     run(*interrupted, "--resume_from_checkpoint", "True")
-    assert equal_weights(out, tmp_path / "whole")
+    assert equal_weights(out, trained(train_lora, *STEPWISE))
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
@@ -440,8 +443,10 @@ def test_resuming_something_else_is_refused(
 # ---- mistakes
 
 
-def test_used_output_dir_is_left_alone(run: Run, flags: list[str], tmp_path: Path) -> None:
-    run(*flags)
+def test_used_output_dir_is_left_alone(
+    run: Run, flags: list[str], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained(train_lora), tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     message = run(*flags, expected=2)
     assert "already holds an adapter" in message and "--overwrite_output_dir True" in message

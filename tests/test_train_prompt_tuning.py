@@ -1,6 +1,7 @@
 """Prompt tuning: the loss, gradients and answers of rows alone, in every batch (traps 6, 7, 8, 26, 36, 45)."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import inference
 import train_prompt_tuning
 from train_prompt_tuning import PromptTuningArguments, add_soft_prompt
 
+SEVEN = ["--num_virtual_tokens", "7"]
+
 
 @pytest.fixture
 def run(run_main: Run) -> Run:
@@ -22,7 +25,7 @@ def run(run_main: Run) -> Run:
 
 @pytest.fixture
 def flags(flags: list[str]) -> list[str]:
-    return [*flags, "--num_virtual_tokens", "7"]
+    return [*flags, *SEVEN]
 
 
 def prompt(folder: Path) -> torch.Tensor:
@@ -79,7 +82,7 @@ def test_other_starts_are_as_large_as_embeddings(init: str) -> None:
 
 
 def test_resumed_run_equals_an_undisturbed_one(
-    run: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, flags: list[str], trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traps 17 and 45: PEFT would refuse to load a prompt for training."""
     flags = [*flags, "--save_steps", "1"]
@@ -90,8 +93,7 @@ def test_resumed_run_equals_an_undisturbed_one(
     message = run(*flags, "--resume_from_checkpoint", "True", "--num_virtual_tokens", 6, expected=2)
     assert "num_virtual_tokens 7, not 6" in message
     run(*flags, "--resume_from_checkpoint", "True")
-    run(*flags, "--output_dir", tmp_path / "whole")
-    assert torch.equal(prompt(tmp_path / "out"), prompt(tmp_path / "whole"))
+    assert torch.equal(prompt(tmp_path / "out"), prompt(trained(train_prompt_tuning, *SEVEN)))
 
 
 def test_evaluation_and_best_checkpoint(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:

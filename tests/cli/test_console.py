@@ -1,6 +1,7 @@
-"""console.py: what stands in a log file, and in one line."""
+"""console.py: what stands in a log file and in one line, and how Ctrl-C ends a program."""
 
 import re
+import sys
 
 import pytest
 
@@ -26,3 +27,15 @@ def test_lines_of_a_progress_bar(total: int | None, monkeypatch: pytest.MonkeyPa
 def test_first_line_of_an_error(error: Exception, line: str) -> None:
     """An error without a message is named."""
     assert console.first_line(error) == line
+
+
+def test_an_interrupt_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 41: one word and the shell's exit code; every other exception is shown as usual."""
+    codes: list[int] = []
+    monkeypatch.setattr(console.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    console.end_quietly_on_interrupt()
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert codes == [130] and capsys.readouterr().err == "stopped\n"
+    sys.excepthook(ValueError, ValueError("a bug"), None)
+    assert codes == [130] and capsys.readouterr().err == "ValueError: a bug\n"

@@ -64,6 +64,7 @@ def talkative_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_checkpoint(tmp_path_factory.mktemp("talkative"), make_tokenizer("<|im_end|>"), model)
 
 
+@pytest.mark.slow
 def test_a_turn_an_interrupt_another_turn_the_end(talkative_path: str) -> None:
     words = "--interactive True --max_new_tokens 100000"
     terminal = Terminal(str(REPOSITORY / "inference.py"), "--model_path", talkative_path, *words.split())
@@ -108,9 +109,9 @@ def test_chinese_input_edits_properly(base_path: str) -> None:
 
 @pytest.fixture
 def conversation(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], Iterator[str]]:
-    """Type some lines; returns the prompts that the model is asked."""
+    """Type some lines, or Ctrl-C for None; returns the prompts that the model is asked. Ctrl-C stops each answer."""
 
-    def talk(eos: str, lines: list[str], **model: int) -> list[str]:
+    def talk(eos: str, lines: list[str | None], **model: int) -> list[str]:
         tokenizer = make_tokenizer(eos)
         set_prompt_format(tokenizer, "auto")
         waiting, prompts = iter(lines), []
@@ -124,6 +125,8 @@ def conversation(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], 
 
         def read(prompt: str) -> str:
             for line in waiting:
+                if line is None:
+                    raise KeyboardInterrupt
                 return line
             raise EOFError
 
@@ -146,6 +149,15 @@ def test_instruct_models_remember(conversation: Callable[..., list[str]]) -> Non
         first + turn("assistant", "aha") + turn("user", "three") + start,
         system + turn("user", "four") + start,
     ]
+
+
+def test_an_interrupt_between_two_answers(
+    conversation: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C takes a line back, also one of several: nothing is asked, and the next line is read."""
+    (prompt,) = conversation("<|im_end|>", [None, "half \\", None, "again"])
+    assert prompt.endswith("<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n") and "half" not in prompt
+    assert capsys.readouterr().out.endswith("Qwen: aha [stopped]\n\n")
 
 
 def test_a_long_conversation_loses_its_first_turns(conversation: Callable[..., list[str]]) -> None:

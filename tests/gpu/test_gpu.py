@@ -1,6 +1,6 @@
 """What only a GPU can show. Skipped without one; a few minutes with one:
 
-    GPU_TESTS=1 python -m pytest -n 0 tests/gpu
+    GPU_TESTS=1 python -m pytest -n 0 -m gpu tests/gpu
 
 GPU_TESTS=1 because the other tests hide the GPU, to check what happens without one.
 """

@@ -23,10 +23,12 @@ from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import find_broken_part, find_checkpoints
 
+MORE = ["--lora_dropout", "0.1", "--save_steps", "2"]
+
 
 @pytest.fixture
 def flags(flags: list[str]) -> list[str]:
-    return [*flags, "--lora_dropout", "0.1", "--save_steps", "2"]
+    return [*flags, *MORE]
 
 
 @pytest.mark.slow
@@ -97,6 +99,7 @@ def test_windows(run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: p
     assert [find_broken_part(folder) for folder in find_checkpoints(tmp_path / "out")] == [None, None]
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_training_has_no_traceback() -> None:
     script = (
         "import _thread, time, train_lora\n"
@@ -147,6 +150,7 @@ MOMENTS = {
 def test_killed_while_saving(
     run_main: Run,
     flags: list[str],
+    trained: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     module: Any,
@@ -163,8 +167,7 @@ def test_killed_while_saving(
     assert (newest.name, before.name) == ("checkpoint-6", "checkpoint-4")
     assert find_broken_part(before) is None and (find_broken_part(newest) is None) == whole
     run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
-    run_main(train_lora, *flags, "--output_dir", tmp_path / "whole")
-    assert equal_weights(out, tmp_path / "whole")
+    assert equal_weights(out, trained(train_lora, *MORE))
 
 
 def test_killed_while_replacing_a_checkpoint(
@@ -239,9 +242,17 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.parametrize("size", [1_000_000, 2_000_000])
-def test_full_disk(run_main: Run, flags: list[str], full_disk: Callable[..., None], tmp_path: Path, size: int) -> None:
+def test_full_disk(
+    run_main: Run,
+    flags: list[str],
+    trained: Callable[..., Path],
+    full_disk: Callable[..., None],
+    tmp_path: Path,
+    size: int,
+) -> None:
     """No room for an adapter of 1.3 MB, or for its optimizer: the run resumes from the first checkpoint."""
-    out, flags = tmp_path / "out", [*flags, "--lora_r", "1024"]
+    out, large = tmp_path / "out", ["--lora_r", "1024"]
+    whole, flags = trained(train_lora, *MORE, *large), [*flags, *large]
     full_disk(size, 2)
     message = run_main(train_lora, *flags, expected=1)
     assert "checkpoint-4 cannot be written" in message and " MB are free" in message
@@ -250,8 +261,7 @@ def test_full_disk(run_main: Run, flags: list[str], full_disk: Callable[..., Non
     assert find_broken_part(out / "checkpoint-2") is None
     full_disk()
     run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
-    run_main(train_lora, *flags, "--output_dir", tmp_path / "whole")
-    assert equal_weights(out, tmp_path / "whole")
+    assert equal_weights(out, whole)
 
 
 def test_disk_that_is_full_at_the_end(

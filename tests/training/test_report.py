@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,6 @@ import train_prompt_tuning
 from finetuning.adapter.flags import MergeArguments
 from finetuning.cli.arguments import ScriptParser
 from finetuning.cli.commands import resume_command
-from finetuning.generation.generate import make_generation_config
 from finetuning.training import report
 from finetuning.training.report import draw_losses, merge_log
 
@@ -102,9 +103,6 @@ def test_card_is_true(
     format_name: str,
 ) -> None:
     """The hub can read it; the command in it made the adapter; its scores are printed ones; its code runs."""
-    monkeypatch.setattr(
-        "finetuning.generation.evaluate.make_generation_config", partial(make_generation_config, max_new_tokens=4)
-    )
     eos = "<|im_end|>" if format_name == "chat" else "<|endoftext|>"
     model = save_checkpoint(tmp_path / "base", make_tokenizer(eos), make_model())
     flags = [*flags, "--model_path", model, "--eval_data_path", rows_path]
@@ -133,9 +131,8 @@ def test_card_is_true(
     assert capsys.readouterr().out.split("Be kind.<|im_end|>\n")[-1].startswith(beginning)
 
 
-def test_card_names_a_base_model_of_the_hub(run: Run, flags: list[str], tmp_path: Path) -> None:
-    run(*flags)
-    found = read_report(tmp_path / "out")
+def test_card_names_a_base_model_of_the_hub(trained: Callable[..., Path]) -> None:
+    found = read_report(trained(train_lora))
     found["settings"]["model_path"] = "Qwen/Qwen2.5-7B"
     found["command"] = "python train_lora.py --note '```'"
     card = ModelCard(report.make_model_card(found, 'my "own" adapter', "", None))
@@ -156,15 +153,15 @@ def test_no_token_is_published(run: Run, flags: list[str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("broken", ["draw_losses", "make_model_card", "REPEATED"])
 def test_adapter_outlives_its_report(
-    run: Run,
     flags: list[str],
+    trained: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     broken: str,
 ) -> None:
     """A full disk, a broken matplotlib: the run ends as usual, and nothing of an earlier run stays."""
-    run(*flags)
+    shutil.copytree(trained(train_lora), tmp_path / "out")
     before = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     failure = ["no such field"] if broken == "REPEATED" else Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(report, broken, failure)
