@@ -29,18 +29,20 @@ os.environ["HF_HUB_OFFLINE"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 import test_base_model
 import test_files
 import test_folder
-import test_schema
+import test_normalize
 from support import CHATML, THINKERS, make_model, make_tokenizer, save_checkpoint
 from transformers import TrainingArguments
 
 import inference
 import train_lora
 from finetuning.preprocessing.flags import DataArguments
+from finetuning.training.flags import RunArguments
 
 TABLE = REPOSITORY / "tests/INPUTS.md"
 ROW = {"instruction": "Say sun", "output": "sun"}
 INFERENCE_FLAGS = set(inference.InferenceArguments.__dataclass_fields__) | {"model_path", "load_in_4bit"}
 TRAINING_FLAGS = {*TrainingArguments.__dataclass_fields__, *DataArguments.__dataclass_fields__}
+TRAINING_FLAGS |= {*RunArguments.__dataclass_fields__}
 TRAINING_FLAGS |= {*train_lora.LoraArguments.__dataclass_fields__, "model_path", "load_in_4bit", "trust_remote_code"}
 
 
@@ -117,10 +119,10 @@ def asking(folder: Path, adapter_path: Path, *more: Any) -> list[Any]:
 
 
 def rows_cases() -> Iterator[Case]:
-    for name, (row, _, answers) in test_schema.GOOD.items():
+    for name, (row, _, answers) in test_normalize.GOOD.items():
         shown = ["writes", repr(answers[-1])[1:-1]]
         yield Case(f"{name}: `{json.dumps(row)}`", train_lora, lambda f, row=row: chat_rows(f, row), shown, 0)
-    for name, (row, words) in test_schema.BAD.items():
+    for name, (row, words) in test_normalize.BAD.items():
         yield Case(
             f"{name}: `{json.dumps(row)}`",
             train_lora,
@@ -143,7 +145,7 @@ def rows_cases() -> Iterator[Case]:
         "a thought in 1 row of 3",
         train_lora,
         lambda folder: training(folder, base(folder, THINKERS["switch"]), rows(folder, thought, ROW, ROW)),
-        ["asked to answer without a thought"],
+        ["asked to answer without reasoning"],
         0,
     )
     yield Case(
@@ -159,7 +161,7 @@ def rows_cases() -> Iterator[Case]:
         lambda folder: training(folder, base(folder), rows(folder, {"instruction": ["a"], "output": ["b"]})),
         ["row 1", "'instruction' is a list", "not a column"],
     )
-    for name, (content, words) in test_schema.FORMATS.items():
+    for name, (content, words) in test_normalize.FORMATS.items():
         yield Case(f"`{name}`", train_lora, lambda f, n=name, c=content: training(f, base(f), put(f, n, c)), words)
     yield Case("`rows.zip`", train_lora, lambda f: training(f, base(f), archive(f)), ["unzip"])
     yield Case("`*.json`", train_lora, lambda f: training(f, base(f), f / "*.json"), ["no file matches this pattern"])

@@ -21,12 +21,14 @@ from finetuning.benchmarking.flags import BenchmarkArguments
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.flags import InferenceArguments
 from finetuning.preprocessing.flags import DataArguments
+from finetuning.training.flags import RunArguments
 
 SCRIPTS = {
-    train_lora: (ModelArguments, DataArguments, train_lora.LoraArguments, TrainingArguments),
+    train_lora: (ModelArguments, DataArguments, RunArguments, train_lora.LoraArguments, TrainingArguments),
     train_prompt_tuning: (
         ModelArguments,
         DataArguments,
+        RunArguments,
         train_prompt_tuning.PromptTuningArguments,
         TrainingArguments,
     ),

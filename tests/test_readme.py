@@ -279,7 +279,7 @@ def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
         for name in TrainingArguments.__dataclass_fields__:
             assert f"--{name}" in text
-        for words in ["longest row, in tokens", "(default: 1024)", "rank of the update", "data and output:", "LoRA:"]:
+        for words in ["longest row, in tokens", "(default: 1024)", "rank of the update", "data:", "LoRA:"]:
             assert words in " ".join(text.split()) or "lora" not in script
 
 
@@ -291,8 +291,8 @@ def test_first_command(workplace: Path) -> None:
         "data/train.json: 1,280 rows, all kept",
         "4 of 4 layers",
         "trainable   ",
-        "reads     'Instruction: ",
-        "writes    '\\nOutput: ",
+        "reads  'Instruction: ",
+        "writes '\\nOutput: ",
         "step  epoch      loss",
         "tokens/s, peak memory",
         "python inference.py --adapter_path outputs/lora",

@@ -55,8 +55,8 @@ def test_a_run(run: Run, flags: list[str], tmp_path: Path) -> None:
         "12 rows, all kept",
         "2 of 2 layers",
         "2,560 of ",
-        r"reads     'Instruction: Say sun'",
-        r"writes    '\nOutput: sun<|endoftext|>'",
+        r"reads  'Instruction: Say sun'",
+        r"writes '\nOutput: sun<|endoftext|>'",
         "tokens/s, peak memory",
         f"python inference.py --adapter_path {tmp_path / 'out'}",
     ]:

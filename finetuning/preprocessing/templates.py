@@ -104,7 +104,10 @@ def with_thinking(tokenizer: PreTrainedTokenizerBase, template: str, thinking: b
 @lru_cache(maxsize=8)
 def opens_reasoning(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether the prompts of a template end with the beginning of reasoning."""
-    return render([{"role": "user", "content": "?"}], tokenizer, template, True).endswith(OPENING)
+    try:
+        return render([{"role": "user", "content": "?"}], tokenizer, template, True).endswith(OPENING)
+    except DataError as error:
+        fail(str(error))
 
 
 def supports_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -74,7 +74,7 @@ def test_thinking_models_think_first() -> None:
     config = make_generation_config(tokenizer, 64)
     _, [prediction] = next(classify_in_batches(model, tokenizer, [[1, 2, 3]], [("yes", "no")], 16, config))
     assert prediction["thought"] == "hm"
-    thought = tokenize("<think>\nhm\n</think>\n\n", tokenizer)
+    (thought,) = tokenize(["<think>\nhm\n</think>\n\n"], tokenizer)
     expected = [brute_force(model, [1, 2, 3, *thought], encode_label(label, tokenizer)) for label in ("yes", "no")]
     difference = torch.tensor(expected).softmax(0)[0].item() - prediction["probabilities"]["yes"]
     assert abs(difference) < 1e-5 and encode_label("yes", tokenizer) == [*b"yes", IM_END]

@@ -247,6 +247,22 @@ def test_two_processes_make_one_entry(path: str, tmp_path: Path) -> None:
     assert sum("tokens read from the cache" in text for text in printed) == 1
 
 
+def test_a_batch_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows go through the tokenizer a few at a time."""
+    sizes: list[int] = []
+    tokenize = dataset.tokenize_rows
+    monkeypatch.setattr(
+        dataset, "tokenize_rows", lambda rows, *a, **k: sizes.append(len(rows["row"])) or tokenize(rows, *a, **k)
+    )
+    monkeypatch.setattr(dataset, "BATCH_BYTES", 100_000)
+    for length, most in ((10_000, 10), (10, 500)):
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps([{"instruction": "a" * length, "output": "b"}] * 600))
+        sizes.clear()
+        preprocess(str(path), tokenizer_for(), 20_000)
+        assert sum(sizes) == 600 and max(sizes) <= most and max(sizes) > most // 2
+
+
 def test_a_full_disk(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, capsys: Any) -> None:
     def write(generate: Any, features: Any, folder: str, **_: Any) -> None:
         Path(folder, "tokens").write_text("half")

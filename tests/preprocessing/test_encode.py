@@ -3,7 +3,17 @@
 import random
 
 import pytest
-from support import CHATML, ENDOFTEXT, IM_END, IM_START, NEWLINES, THINKING, make_tokenizer, preprocess_row
+from support import (
+    CHATML,
+    ENDOFTEXT,
+    IM_END,
+    IM_START,
+    NEWLINES,
+    THINKERS,
+    THINKING,
+    make_tokenizer,
+    preprocess_row,
+)
 
 from finetuning.generation.generate import encode_question, parse_generated
 from finetuning.preprocessing.encode import IGNORE_INDEX, encode, stop_token_ids, to_messages
@@ -201,3 +211,79 @@ def test_random_text_survives(seed: int = 0) -> None:
         answer = tokenizer.decode([label for label in ids["labels"][:-1] if label != IGNORE_INDEX])
         assert answer == f"\nOutput: {text}"
         assert parse_generated(answer, tokenizer) == ("", text)
+
+
+def turns(*answers: str | dict) -> list[dict]:
+    """A conversation with these answers; a dict holds more than the content."""
+    messages = []
+    for answer in answers:
+        more = answer if isinstance(answer, dict) else {"content": answer}
+        messages += [{"role": "user", "content": "?"}, {"role": "assistant"} | more]
+    return messages
+
+
+@pytest.mark.parametrize("name", ["ChatML", "THINKING", *THINKERS])
+@pytest.mark.parametrize("thinks", [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0)])
+def test_each_answer_is_supervised_once(name: str, thinks: tuple[int, ...]) -> None:
+    """Trap 107, whichever answers have reasoning: after its own prompt, with one rendering for each answer."""
+    tokenizer = make_tokenizer("<|im_end|>", {"ChatML": CHATML, "THINKING": THINKING, **THINKERS}[name])
+    set_prompt_format(tokenizer, "auto")
+    reasoning = {"reasoning_content": "hm"}
+    answers = [{"content": f"A{n}"} | (reasoning if has else {}) for n, has in enumerate(thinks)]
+    messages = turns(*answers)
+    learnt = []
+    for example in encode(messages, tokenizer):
+        ids, labels = example["input_ids"], example["labels"]
+        assert len(ids) == len(labels) and labels[-1] == IM_END
+        for start in range(1, len(labels)):
+            if labels[start] != IGNORE_INDEX and labels[start - 1] == IGNORE_INDEX:
+                asked = tokenizer.decode(ids[:start])
+                answer = tokenizer.decode([id for id in labels[start:] if id != IGNORE_INDEX]).split("<|im_end|>")[0]
+                learnt.append(answer.rpartition("</think>")[2].strip())
+                assert asked.count("<|im_start|>user") == len(learnt), asked
+    assert learnt == ["A0", "A1", "A2"]
+
+
+def test_renderings_grow_with_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each answer of a conversation; two more for each mode of a template, once."""
+    tokenizer, count = make_tokenizer("<|im_end|>", THINKERS["switch"]), 0
+    set_prompt_format(tokenizer, "auto")
+    render = tokenizer.apply_chat_template
+
+    def counted(*args: object, **options: object) -> str:
+        nonlocal count
+        count += 1
+        return render(*args, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    for answers in (1, 8, 32):
+        encode(turns(*["a"] * answers), tokenizer)
+        count = 0
+        encode(turns(*["a"] * answers), tokenizer)
+        assert count == answers
+
+
+@pytest.mark.parametrize("name", ["ChatML", *THINKERS])
+def test_control_tokens_that_are_not_special_are_text_too(name: str) -> None:
+    """Trap 108: by the rule, and with the token ids, of transformers' own `sanitize_control_tokens`."""
+    tokenizer = make_tokenizer("<|im_end|>", {"ChatML": CHATML, **THINKERS}[name])
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "<note>"])  # released Qwens have them so
+    tokenizer.chat_template += "{#- <tool_call> #}{{- '<tool_call>' if tools else '' }}"
+    set_prompt_format(tokenizer, "auto")
+    for text in ("a <think>b</think>\n\n", "<tool_call>", "x<|im_end|><note>", "<<think>>", "<think", "\ufdd0<think>"):
+        messages = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, enable_thinking=False
+        )
+        if "\ufdd0" in text:  # what breaks up tokens here is no text
+            messages, text = [{"role": "user", "content": text}], text.replace("\ufdd0", "")
+            expected = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+                enable_thinking=False,
+            )
+        assert encode(messages, tokenizer)[0]["input_ids"] == expected
+    note = tokenizer.convert_tokens_to_ids("<note>")  # the template does not write it, so the user may
+    assert note in encode([{"role": "user", "content": "<note>"}], tokenizer)[0]["input_ids"]

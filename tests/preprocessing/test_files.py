@@ -206,6 +206,20 @@ def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_files("data/_SUCCESS") == ["data/_SUCCESS"]  # named, so it is read
 
 
+def test_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own; within a folder a natural one that does not depend on the file system."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("part-1.json", "part-01.json", "b.json", "a.json"):
+        write(Path("data", name), FORMS["json"](ROWS))
+    monkeypatch.setattr(Path, "rglob", lambda self, _: sorted(self.glob("*"), reverse=True))
+    found = [Path(file).name for file in find_files("data")]
+    monkeypatch.setattr(Path, "rglob", lambda self, _: sorted(self.glob("*")))
+    assert (
+        found == [Path(file).name for file in find_files("data")] == ["a.json", "b.json", "part-01.json", "part-1.json"]
+    )
+    assert find_files("data/b.json,data/a.json") == ["data/b.json", "data/a.json"]
+
+
 def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "data/README.md", "")
     write(tmp_path / "a.json", "[]")
@@ -248,6 +262,16 @@ def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ]
     message = refused(capsys, read_all, "hf://datasets/me/mine/no.json")
     assert "hf://datasets/me/mine/no.json' cannot be downloaded: 404: not there" in message
+
+
+def test_patterns_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In natural order, of any revision, such as the Parquet files that the hub itself makes."""
+    names = ["datasets/me/mine@refs%2Fconvert%2Fparquet/default/10.parquet", "datasets/me/mine/default/2.parquet"]
+    monkeypatch.setattr(files.HfFileSystem, "glob", lambda self, url: [] if "no" in url else names)
+    monkeypatch.setattr(files, "hf_hub_download", lambda repository, file, repo_type, revision: f"{file}@{revision}")
+    found = find_files("hf://datasets/me/mine@refs/convert/parquet/default/*.parquet")
+    assert found == ["default/2.parquet@None", "default/10.parquet@refs/convert/parquet"]
+    assert "no file matches this pattern" in refused(capsys, read_all, "hf://datasets/me/mine/no*.parquet")
 
 
 def test_hash(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""files.py on 400 damaged or odd files: the right rows, or a line that names the file; never a traceback or wrong rows.
+"""files.py on damaged or odd files: the right rows, or a line that names the file; never a traceback or wrong rows.
 
 What is right is what json, csv and pyarrow make of the same bytes when they have all of them at once.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from support import damaged, read_or_refuse
@@ -24,9 +24,6 @@ from finetuning.preprocessing import files, readers
 from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.readers import read_file
 
-SETTINGS = settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 TEXT = st.text(st.sampled_from("ab1\"'\\[]{},;:\n\r\t\u2028\x85\ufeff你é🙂") | st.characters(codec="utf-8"), max_size=8)
 ROWS = st.lists(st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}), min_size=1, max_size=5)
 JUNK = [
@@ -126,7 +123,6 @@ def same(first: Any, second: Any) -> bool:
     return json.dumps(first, sort_keys=True, default=str) == json.dumps(second, sort_keys=True, default=str)
 
 
-@SETTINGS
 @given(
     rows=ROWS,
     form=st.sampled_from(list(FORMS)),
@@ -151,7 +147,6 @@ def test_damaged_files(
     assert same(found, whole_file(name, data))
 
 
-@SETTINGS
 @given(
     rows=ROWS,
     form=st.sampled_from(["json", "jsonl", "csv", "tsv"]),

@@ -6,10 +6,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from support import THINKING, make_tokenizer, preprocess, read_all
 
 from finetuning.preprocessing.encode import IGNORE_INDEX
+from finetuning.preprocessing.rows import NO_TASK, task_of
 from finetuning.preprocessing.templates import set_prompt_format
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -67,6 +70,24 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     ),
     "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
     "a label word that is false": (ROW | {"output": "false", "label": "false"}, "", ["false<|im_end|>"]),
+    "a yes/no question": (ROW | {"output": "No.", "label": False}, "", ["No.<|im_end|>"]),
+    "no tools": (ROW | {"tools": "[]"}, "", ["b<|im_end|>"]),
+    "an answer that mentions a tag": (ROW | {"output": "Use `</think>`."}, "", ["Use `</think>`.<|im_end|>"]),
+    "null is absent": (
+        ROW | {"messages": None, "conversations": None, "system": None, "history": None, "reasoning_content": None},
+        SYSTEM("Be kind.") + USER("a") + "b<|im_end|>",
+        ["b<|im_end|>"],
+    ),
+    "null in a message": (
+        {"messages": [OPEN_AI[0] | {"tool_calls": None}, OPEN_AI[1] | {"reasoning_content": None, "weight": None}]},
+        "",
+        ["b<|im_end|>"],
+    ),
+    "messages as text": (
+        {"messages": json.dumps(OPEN_AI)},
+        SYSTEM("Be kind.") + USER("a") + "b<|im_end|>",
+        ["b<|im_end|>"],
+    ),
     "label words": (ROW | {"label": "positive"}, "", ["b<|im_end|>"]),
 }
 
@@ -124,6 +145,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "history and messages": ({"messages": OPEN_AI, "history": [["a", "b"]]}, ["'history' beside 'messages'"]),
     "history of strings": (ROW | {"history": ["a"]}, ["'history' must be a list of [question, answer]"]),
+    "messages beside a question": (ROW | {"messages": OPEN_AI}, ["has 'instruction' beside 'messages'"]),
+    "two conversations": ({"messages": OPEN_AI, "conversations": SHARE_GPT}, ["has 'conversations' beside 'messages'"]),
+    "a yes/no question, answered otherwise": (ROW | {"output": "Not here", "label": False}, ["rename 'label'"]),
     "two systems": ({"messages": [{"role": "system", "content": "s"}, *OPEN_AI], "system": "t"}, ["only once"]),
     "capitals": (
         {"Instruction": "a", "output": "b"},
@@ -170,6 +194,16 @@ FORMATS = {
     "rows.xlsx": (b"PK\x03\x04...", ["an Excel file", "read_excel"]),
     "rows.xls": (b"\xd0\xcf\x11\xe0...", ["an Excel file", "read_excel"]),
     "rows.arrow": (b"ARROW1...", ["an Arrow file", "read_feather"]),
+    "stream.arrow": (b"\xff\xff\xff\xff...", ["an Arrow file", "Dataset.from_file"]),
+    "space.csv": (b'instruction,output\na, "b"\n', ["line 2", "a space before a quotation mark"]),
+    "twice.jsonl": (
+        b'{"instruction": "a", "output": "b", "output": "c"}\n',
+        ["line 1", "two fields have the name 'output'"],
+    ),
+    "comma.json": (
+        b'[{"instruction": "a" "output": "b"}, ' + b'{"instruction": "a", "output": "b"}, ' * 9,
+        ["row 1: not valid JSON: Expecting ',' delimiter"],
+    ),
     "rows.jsonl.bz2": (b"BZh9...", ["is damaged or not complete"]),
     "rows.json.xz": (b"\xfd7zXZ\x00...", ["xz", "unxz -k"]),
     "rows.tar.gz": (gzip.compress(b"rows.json".ljust(257, b"\0") + b"ustar\0" + b"00"), ["is a tar file", "tar xf"]),
@@ -207,3 +241,23 @@ def test_zip_and_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit):
             read_all(str(path))
         assert words in capsys.readouterr().err
+
+
+def test_null_is_absent_in_every_form(tmp_path: Path) -> None:
+    """Also in a file of questions, where the answer may be missing."""
+    rows = [{"instruction": "a", "output": None, "task": None, "note": None}, {"instruction": "b", "output": "c"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("task", "note")}
+    columns |= {name: pyarrow.nulls(2, pyarrow.string()) for name in ("task", "note")}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    expected = [{"instruction": "a", "input": ""}, {"instruction": "b", "output": "c", "input": ""}]
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert read_all(str(tmp_path / name), output_required=False) == expected
+        assert task_of(expected[0]) == NO_TASK
+
+
+def test_spaces_in_a_table(tmp_path: Path) -> None:
+    """A space is a part of the text, and so are quotation marks in a text in quotes."""
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,output\na, b \n" ""a""",b\n')
+    assert [(row["instruction"], row["output"]) for row in read_all(str(path))] == [("a", " b "), (' "a"', "b")]

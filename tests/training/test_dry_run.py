@@ -14,6 +14,7 @@ from transformers import Trainer
 import train_lora
 import train_prompt_tuning
 from finetuning.cli.memory import GIB
+from finetuning.preprocessing.flags import DataArguments
 from finetuning.training import dry_run
 from finetuning.training.flags import OFFLOAD, memory_flags
 
@@ -205,7 +206,7 @@ def test_offload_is_the_next_step_after_checkpointing_on_a_gpu() -> None:
         how = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
         args = SimpleNamespace(
             training=SimpleNamespace(**sizes, **how, device=torch.device(device)),
-            data=SimpleNamespace(has_eval_rows=lambda: False, max_length=100),
+            data=DataArguments(max_length=100),
             model=SimpleNamespace(load_in_4bit=True),
         )
         return OFFLOAD in memory_flags(args).values()
