@@ -71,12 +71,12 @@ def tokenizer_alone(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     from common import load_tokenizer
     from finetuning.cli.arguments import ModelArguments
     from finetuning.preprocessing.encode import to_messages
-    from finetuning.preprocessing.files import read_file
+    from finetuning.preprocessing.readers import read_file
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
     total = {"seconds": 0.0, "CPU-seconds": 0.0}
     texts: list[str] = []
-    for number, (_, row) in enumerate(read_file(str(folder / "rows.json")), 1):
+    for number, (_, row) in enumerate(read_file(str(folder / "rows.json"), ()), 1):
         texts.append(tokenizer.apply_chat_template(to_messages(row, tokenizer), tokenize=False))
         if len(texts) == 10_000 or number == args.rows:
             figures = measure(lambda: tokenizer(texts))
@@ -86,18 +86,15 @@ def tokenizer_alone(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    from finetuning.preprocessing.data import read_data
-    from finetuning.preprocessing.token_cache import TokenCache
-    from finetuning.preprocessing.token_dataset import ChunkTokenizer
-
     from common import load_tokenizer, preprocess_function
     from finetuning.cli.arguments import ModelArguments
+    from finetuning.preprocessing.dataset import load_training_data
+    from finetuning.preprocessing.flags import DataArguments
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
-    tokenize_chunk = ChunkTokenizer(preprocess_function, tokenizer, 1024)
-    cache = TokenCache(str(folder / "cache"), 100)
-    workers = args.processes
-    return measure(lambda: read_data(str(folder / "rows.json"), tokenize_chunk, num_workers=workers, cache=cache))
+    data = DataArguments(data_path=str(folder / "rows.json"), token_cache_dir=str(folder / "cache"), token_cache_gb=100)
+    data.preprocessing_num_workers = args.processes
+    return measure(lambda: load_training_data(data, preprocess_function, tokenizer, 42, False))
 
 
 def main() -> None:

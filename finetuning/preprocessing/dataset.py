@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
 from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.cli.console import fail, first_line, is_disk_error, is_main_process, progress_bar, say
+from finetuning.cli.console import fail, first_line, is_main_process, progress_bar, say
 from finetuning.preprocessing.encode import IGNORE_INDEX, Example
 from finetuning.preprocessing.files import DataError, find_files, hash_files
 from finetuning.preprocessing.flags import DataArguments
@@ -47,8 +48,8 @@ SMALL = 8 * 2**20  # bytes of the files
 BATCH_ROWS, BATCH_BYTES = 500, 8 * 2**20  # that are tokenised at once, whichever is less
 
 # A row as JSON text, so that no type is guessed, and what the summary counts.
-ROWS = Features({name: Value("string") for name in ("location", "row", "task", "label")})
-ROWS |= {"ignored": List(Value("string")), "has_reasoning": Value("bool"), "is_empty": Value("bool")}
+ROWS = Features({name: Value("string") for name in ("location", "row", "task", "label", "ignored")})
+ROWS |= {"has_reasoning": Value("bool"), "is_empty": Value("bool")}
 # An example in which something is supervised; `row_number` counts from 1 over all files.
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 TOKENS |= {"row_number": Value("int64"), "supervised": Value("int32"), "is_truncated": Value("bool")}
@@ -125,13 +126,13 @@ def read_data(
     key = make_key(sha256, files, max_rows, args, function, tokenizer)
     generate = partial(generate_rows, data_path, files, args, max_rows)
     tokenize = partial(tokenize_rows, function=function, tokenizer=tokenizer, max_length=args.max_length)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes, as threads do not pay for one row
     (enable_progress_bars if is_large and sys.stderr.isatty() else disable_progress_bars)()
 
     def make(entry: Path | None) -> tuple[Dataset, Dataset]:
-        if entry:
-            rows = Dataset.from_generator(generate, ROWS, str(entry), fingerprint=key)
-        else:
-            rows = Dataset.from_list(list(generate()), ROWS)
+        rows = (
+            Dataset.from_list(list(generate()), ROWS) if entry is None else write_rows(entry / "rows.arrow", generate)
+        )
         tokens = rows.map(
             tokenize,
             with_indices=True,
@@ -158,6 +159,20 @@ def read_data(
     return rows, Data(tokens, summary)
 
 
+def write_rows(file: Path, generate: Callable[[], Iterator[dict[str, Any]]]) -> Dataset:
+    """Write ROWS to a file, unless they are there, and map them into memory.
+
+    `Dataset.from_generator` takes twice the time: it looks at each value of each row.
+    """
+    if not file.exists():
+        rows, schema = generate(), ROWS.arrow_schema
+        with pa.OSFile(f"{file}.incomplete", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+            while batch := list(islice(rows, BATCH_ROWS)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        os.replace(f"{file}.incomplete", file)
+    return Dataset.from_file(str(file))
+
+
 def generate_rows(
     data_path: str, files: list[str], args: DataArguments, max_rows: int | None
 ) -> Iterator[dict[str, Any]]:
@@ -165,12 +180,15 @@ def generate_rows(
     with progress_bar(f"reading {data_path}", "rows") as bar:
         for location, row, ignored in read_rows(data_path, files, args.rename, True, max_rows):
             counts = {"has_reasoning": has_reasoning(row), "is_empty": not all(map(str.strip, learnt_answers(row)))}
-            counts |= {"task": task_of(row), "label": as_label(expected_answer(row)), "ignored": ignored}
+            counts |= {"task": task_of(row), "label": as_label(expected_answer(row))}
             row = without_reasoning(row) if args.thinking == "off" else row
-            # An ignored field may hold half of a surrogate pair: in JSON the escape \\ud800 stands for it.
-            text = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
-            yield {"location": location, "row": text} | counts
+            yield {"location": location, "row": as_json(row), "ignored": as_json(ignored)} | counts
             bar.update()
+
+
+def as_json(value: Any) -> str:
+    """JSON in valid UTF-8: an ignored field may hold half of a surrogate pair, for which its escape \\ud800 stands."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
 
 
 def tokenize_rows(
@@ -262,11 +280,8 @@ def get_or_create(entry: Path, make: Callable[[Path], Any]) -> Any:
             IN_USE.append(FileLock(entry / f"{uuid4().hex}.lock"))
             IN_USE[-1].acquire()
             return result
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if not is_disk_error(cause):
-            raise cause from None
-        message = f"the token cache in {entry.parent} cannot be written: {first_line(cause)}."
+    except OSError as error:
+        message = f"the token cache in {entry.parent} cannot be written: {first_line(error)}."
         fail(f"{message}\nMake room there, or name another folder with --token_cache_dir", 1)
 
 

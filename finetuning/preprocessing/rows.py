@@ -329,7 +329,7 @@ def describe(value: Any) -> str:
 
 
 def task_of(row: Row) -> str:
-    return str(row.get("task", NO_TASK))
+    return str(row.get("task", NO_TASK)).encode("utf-8", "backslashreplace").decode()
 
 
 def expected_answer(row: Row) -> str | None:

@@ -1,5 +1,7 @@
 """What a run needs to know of its data beside the tokens: counts, label words, whether most rows have reasoning."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +53,15 @@ def summarize(rows: Dataset, tokens: Dataset, path: str, sha256: str, drop_reaso
     numbers = tokens.with_format("numpy")
     _, first = np.unique(numbers["row_number"][:], return_index=True)  # example of each row that is left
     truncated = int(numbers["is_truncated"][:][first].sum())
-    ignored = pc.value_counts(pc.list_flatten(table["ignored"]))
+    ignored = Counter[str]()
+    for names in pc.value_counts(table["ignored"]):
+        ignored.update(dict.fromkeys(json.loads(names["values"].as_py()), names["counts"].as_py()))
     summary = Summary(path, sha256, len(rows), len(first) - truncated, truncated, len(rows) - len(first), len(tokens))
     summary.tokens, summary.supervised = (int(numbers[name][:].sum()) for name in ("length", "supervised"))
     summary.reasoning, summary.empty = (pc.sum(table[name]).as_py() for name in ("has_reasoning", "is_empty"))
     if drop_reasoning:
         summary.reasoning, summary.reasoning_left_out = 0, summary.reasoning
-    summary.ignored = {count["values"].as_py(): count["counts"].as_py() for count in ignored}
+    summary.ignored = dict(ignored)
     table = table.append_column("number", pa.array(np.arange(1, len(rows) + 1)))
     groups = table.group_by(["task", "label"], use_threads=False).aggregate([([], "count_all"), ("number", "min")])
     groups = groups.rename_columns(["task", "label", "count", "first"])

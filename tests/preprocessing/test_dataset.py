@@ -264,11 +264,11 @@ def test_a_batch_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, capsys: Any) -> None:
-    def write(generate: Any, features: Any, folder: str, **_: Any) -> None:
-        Path(folder, "tokens").write_text("half")
+    def write(file: Path, generate: Any) -> None:
+        file.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset.Dataset, "from_generator", write)
+    monkeypatch.setattr(dataset, "write_rows", write)
     with pytest.raises(SystemExit) as stop:
         cache(path)
     assert stop.value.code == 1 and not entries(tmp_path)
