@@ -22,14 +22,14 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
+from benchmarking.baselines import make_stock_trainer, make_trl_trainer
+from benchmarking.child import run_child
+from benchmarking.flags import BenchmarkArguments, memory_flags
+from benchmarking.meters import Stopwatch, TokenCounter, count_products, measure_machine
+from benchmarking.pages import find_pages
+from benchmarking.shapes import make_random_checkpoint, random_rows
+from benchmarking.table import ALL, Method, choose_methods, save_results, show_results
 from common import load_data, load_model, load_tokenizer, start_run, training_dtype
-from finetuning.benchmarking.baselines import make_stock_trainer, make_trl_trainer
-from finetuning.benchmarking.child import run_child
-from finetuning.benchmarking.flags import BenchmarkArguments, memory_flags
-from finetuning.benchmarking.meters import Stopwatch, TokenCounter, count_products, measure_machine
-from finetuning.benchmarking.pages import find_pages
-from finetuning.benchmarking.shapes import make_random_checkpoint, random_rows
-from finetuning.benchmarking.table import ALL, Method, choose_methods, save_results, show_results
 from finetuning.cli.arguments import ModelArguments, ScriptParser
 from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
 from finetuning.preprocessing.encode import pad_token_id

@@ -1,1 +1,1 @@
-"""Everything under the commands, in rooms named after the steps of a run."""
+"""Everything under the commands, in folders named after the steps of a run."""

@@ -16,10 +16,10 @@ from support import REPOSITORY, Run
 from transformers import AutoModelForCausalLM
 
 import benchmark
-from finetuning.benchmarking.child import find_reason, run_child
-from finetuning.benchmarking.flags import BenchmarkArguments
-from finetuning.benchmarking.shapes import SHAPES, make_config, make_random_checkpoint
-from finetuning.benchmarking.table import METHODS, check_losses
+from benchmarking.child import find_reason, run_child
+from benchmarking.flags import BenchmarkArguments
+from benchmarking.shapes import SHAPES, make_config, make_random_checkpoint
+from benchmarking.table import METHODS, check_losses
 from finetuning.cli.memory import peak_memory, reset_peak_memory, used_memory
 
 CPU = torch.device("cpu")

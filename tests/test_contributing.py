@@ -29,7 +29,7 @@ def test_worked_example(tmp_path: Path) -> None:
     """Both commands as they stand, in a folder that holds the new script beside links to the others."""
     (tmp_path / "train_dora.py").write_text(SCRIPT, encoding="utf-8")
     for path in REPOSITORY.iterdir():
-        if path.suffix == ".py" or path.name in ("finetuning", "data", "models"):
+        if path.suffix == ".py" or path.name in ("finetuning", "benchmarking", "data", "models"):
             (tmp_path / path.name).symlink_to(path)
     for line in COMMANDS.splitlines():
         command = [sys.executable, *shlex.split(line)[1:]]

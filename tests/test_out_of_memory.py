@@ -17,7 +17,7 @@ import benchmark
 import inference
 import train_lora
 import train_prompt_tuning
-from finetuning.benchmarking.flags import BenchmarkArguments
+from benchmarking.flags import BenchmarkArguments
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.flags import InferenceArguments
 from finetuning.preprocessing.flags import DataArguments

@@ -159,7 +159,12 @@ def test_pages_with_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names_exist(page: str) -> None:
-    files = (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py"), *REPOSITORY.glob("tests/*.py"))
+    files = (
+        *REPOSITORY.glob("*.py"),
+        *PACKAGE.rglob("*.py"),
+        *REPOSITORY.glob("benchmarking/*.py"),
+        *REPOSITORY.glob("tests/*.py"),
+    )
     known = "".join(path.read_text(encoding="utf-8") for path in files)
     from transformers import TrainingArguments
 

@@ -1,4 +1,4 @@
-"""The house: imports run one way, every room is in the map of CONTRIBUTING.md, and the scripts run from any folder."""
+"""The layout: imports run one way, CONTRIBUTING.md has every folder, and the scripts run from any folder."""
 
 import ast
 import subprocess
@@ -13,11 +13,13 @@ from finetuning.cli.arguments import beside_scripts
 from finetuning.cli.commands import inference_command
 
 PACKAGE = REPOSITORY / "finetuning"
-# A room imports from rooms of a lower floor, and from itself.
-FLOORS = {"cli": 0, "preprocessing": 1, "adapter": 2, "training": 3, "generation": 3, "benchmarking": 4}
+# A folder imports from folders of a lower layer, and from itself.
+LAYERS = {"cli": 0, "preprocessing": 1, "adapter": 2, "training": 3, "generation": 3}
+# A step of the data path imports only steps before it.
+STEPS = ["flags", "files", "readers", "rows", "templates", "encode", "summary", "show", "dataset"]
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
-    for path in (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py"))
+    for path in (*REPOSITORY.glob("*.py"), *PACKAGE.rglob("*.py"), *REPOSITORY.glob("benchmarking/*.py"))
     if path.name != "__init__.py"
 }
 
@@ -35,11 +37,19 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("finetuning.")])
 def test_imports_run_one_way(module: str) -> None:
-    room = module.split(".")[1]
+    folder = module.split(".")[1]
     for other in imports(MODULES[module]):
-        assert other.startswith("finetuning."), f"{module} imports {other}, a file of the root"
-        its_room = other.split(".")[1]
-        assert its_room == room or FLOORS[its_room] < FLOORS[room], f"{module} imports {other}: an arrow back"
+        assert other.startswith("finetuning."), f"{module} imports {other}, which is not of the package"
+        its_folder = other.split(".")[1]
+        assert its_folder == folder or LAYERS[its_folder] < LAYERS[folder], f"{module} imports {other}: an arrow back"
+
+
+def test_the_data_path_has_one_direction() -> None:
+    prefix = "finetuning.preprocessing."
+    assert {name.removeprefix(prefix) for name in MODULES if name.startswith(prefix)} == set(STEPS)
+    for number, step in enumerate(STEPS):
+        used = {other.removeprefix(prefix) for other in imports(MODULES[prefix + step]) if other.startswith(prefix)}
+        assert used <= set(STEPS[:number]), f"{step} imports a later step"
 
 
 def test_no_circle() -> None:
@@ -55,18 +65,18 @@ def test_commands_import_no_command_but_the_benchmark() -> None:
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
-def test_every_room_is_on_the_map(page: str) -> None:
+def test_every_folder_is_in_the_table(page: str) -> None:
     text = (REPOSITORY / page).read_text(encoding="utf-8")
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms == FLOORS.keys()
-    for room in rooms:
-        assert f"[{room}/](finetuning/{room})" in text
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == LAYERS.keys()
+    for folder in folders:
+        assert f"[{folder}/](finetuning/{folder})" in text
     for name, path in MODULES.items():
         assert path.stem in text, f"{page} does not mention {name}"
 
 
-def test_rooms_say_what_they_are() -> None:
-    for path in PACKAGE.rglob("__init__.py"):
+def test_folders_say_what_they_are() -> None:
+    for path in (*PACKAGE.rglob("__init__.py"), REPOSITORY / "benchmarking/__init__.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) == 1
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -287,16 +287,14 @@ def get_or_create(entry: Path, make: Callable[[Path], Any]) -> Any:
 
 def remove_oldest(folder: Path, limit: float) -> None:
     """Remove the entries that were not used for longest, but none in use, until all have at most `limit` GB."""
-    complete = sorted(folder.glob("*/complete"), key=lambda file: file.stat().st_mtime)
-    sizes = {file.parent: sum(each.stat().st_size for each in file.parent.rglob("*")) for file in complete}
-    for file in complete:
+    used = {path: path / "complete" for path in folder.glob("*") if path.is_dir()}
+    used = {path: file.stat().st_mtime if file.exists() else 0 for path, file in used.items()}
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*")) for path in used}
+    for path in sorted(used, key=used.get):
         if sum(sizes.values()) <= limit * 10**9:
             return
-        try:
-            with ExitStack() as locks:
-                for lock in (f"{file.parent}.lock", *file.parent.glob("*.lock")):
-                    locks.enter_context(FileLock(lock, timeout=0))
-                shutil.rmtree(file.parent)
-                del sizes[file.parent]
-        except (Timeout, OSError):  # somebody makes, opens or uses it
-            continue
+        with suppress(Timeout, OSError), ExitStack() as locks:  # somebody makes, opens or uses it
+            for lock in (f"{path}.lock", *path.glob("*.lock")):
+                locks.enter_context(FileLock(lock, timeout=0))
+            shutil.rmtree(path)
+            del sizes[path]

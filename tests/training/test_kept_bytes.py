@@ -3,8 +3,8 @@
 import pytest
 from support import Run
 
-from finetuning.benchmarking import kept_bytes
-from finetuning.benchmarking.kept_bytes import KIB, per_token_and_layer
+from benchmarking import kept_bytes
+from benchmarking.kept_bytes import KIB, per_token_and_layer
 
 
 def test_the_command(run_main: Run) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, Run
 
-from finetuning.benchmarking import scaling
-from finetuning.benchmarking.scaling import CONTEXT, GIB, USABLE, Size, largest_that_fits, measure_shape, memory
-from finetuning.benchmarking.shapes import SHAPES
+from benchmarking import scaling
+from benchmarking.scaling import CONTEXT, GIB, USABLE, Size, largest_that_fits, measure_shape, memory
+from benchmarking.shapes import SHAPES
 
 PARAMETERS_7B = 7_615_616_512
 
@@ -55,7 +55,7 @@ def test_7b_as_measured_elsewhere() -> None:
 
 def make_table(*flags: str) -> str:
     """What the command prints, in a process of its own: models that are never filled still take address space."""
-    command = [sys.executable, "-m", "finetuning.benchmarking.scaling", *flags]
+    command = [sys.executable, "-m", "benchmarking.scaling", *flags]
     return subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout.strip()
 
 

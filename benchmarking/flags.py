@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from finetuning.benchmarking.shapes import SHAPES
-from finetuning.benchmarking.table import ALL, METHODS
+from benchmarking.shapes import SHAPES
+from benchmarking.table import ALL, METHODS
 from finetuning.cli.arguments import beside_scripts, flag
 
 

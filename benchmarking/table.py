@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetuning.benchmarking.pages import write_table
+from benchmarking.pages import write_table
 from finetuning.cli.console import fail, say, warn
 from finetuning.generation.metrics import format_table
 

@@ -1,6 +1,6 @@
 """Count what a forward pass keeps for the backward pass, for each token and layer; needs no GPU and no weights.
 
-    python -m finetuning.benchmarking.kept_bytes --shape qwen2.5-7b
+    python -m benchmarking.kept_bytes --shape qwen2.5-7b
 
 The tensors are fake: they have a shape and a dtype, but no values. The operations are those of a GPU in float16, with
 `varlen_attn` for the attention.
@@ -15,8 +15,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode  # as documented; the meta device has no autocast
 from transformers import AutoModelForCausalLM
 
+from benchmarking.shapes import SHAPES, make_config
 from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.benchmarking.shapes import SHAPES, make_config
 from finetuning.cli.arguments import ScriptParser, flag
 from finetuning.cli.console import say
 from finetuning.training.attention import attention

@@ -1,7 +1,7 @@
 """The memory that a step needs on each GPU, computed for several models and ways to spread them; nothing is measured.
 
-    python -m finetuning.benchmarking.scaling --report docs/scaling.md,docs/scaling_zh.md
-    python -m finetuning.benchmarking.scaling --cards 8,12,16,24,48,80 --report README.md,README_zh.md
+    python -m benchmarking.scaling --report docs/scaling.md,docs/scaling_zh.md
+    python -m benchmarking.scaling --cards 8,12,16,24,48,80 --report README.md,README_zh.md
 
 Weights are counted from the models' shapes, what the backward pass keeps by `kept_bytes`. The arithmetic stands in
 `memory`.
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetuning.benchmarking.kept_bytes import per_token_and_layer
-from finetuning.benchmarking.pages import find_pages, write_table
-from finetuning.benchmarking.shapes import SHAPES, make_config
+from benchmarking.kept_bytes import per_token_and_layer
+from benchmarking.pages import find_pages, write_table
+from benchmarking.shapes import SHAPES, make_config
 from finetuning.cli.arguments import ScriptParser, flag
 from finetuning.cli.console import say
 from finetuning.cli.memory import GIB
