@@ -70,10 +70,9 @@ class Data:
 def load_training_data(
     args: DataArguments, function: PreprocessFunction, tokenizer: PreTrainedTokenizerBase, seed: int, needs_texts: bool
 ) -> tuple[Data, Data | None]:
-    """The rows to train on and, if there are any, those to evaluate on: of files of their own, or a share.
+    """The rows to train on and, if there are any, those to evaluate on: of files of their own, or a random share.
 
     Args:
-        seed: of the draw of this share.
         needs_texts: whether this process answers the rows to evaluate on.
 
     Raises:
@@ -95,11 +94,7 @@ def load_training_data(
 
 
 def split_rows(tokens: Dataset, count: int, share: float, seed: int) -> tuple[Dataset, Dataset, np.ndarray]:
-    """Hold out a random share of `count` rows, with all their examples.
-
-    Returns:
-        The tokens of the other rows, those of the rows held out, and the numbers of these, in order.
-    """
+    """Hold out a random share of `count` rows: the other rows' tokens, theirs, and their numbers in order."""
     if count < 2:
         raise DataError("--eval_split: there is only one row; leave the flag out")
     size = min(max(1, round(share * count)), count - 1)
@@ -160,10 +155,7 @@ def read_data(
 
 
 def write_rows(file: Path, generate: Callable[[], Iterator[dict[str, Any]]]) -> Dataset:
-    """Write ROWS to a file, unless they are there, and map them into memory.
-
-    `Dataset.from_generator` takes twice the time: it looks at each value of each row.
-    """
+    """Write ROWS to a file, unless they are there, and map them into memory: in half the time of `from_generator`."""
     if not file.exists():
         rows, schema = generate(), ROWS.arrow_schema
         with pa.OSFile(f"{file}.incomplete", "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
@@ -235,11 +227,8 @@ def make_key(
     function: PreprocessFunction,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """A name for tokens that changes with everything that they depend on: the data, the flags, the tokenizer, the
-    versions of the libraries, and the code of this folder and of `preprocess_function`.
-
-    `datasets` knows a function by its name, and would keep the tokens after an edit.
-    """
+    """A name for tokens that changes with the data, the flags, the tokenizer, the versions of the libraries, and the
+    code of this folder and of `preprocess_function`: `datasets` would keep the tokens after an edit of a module."""
     parts = [
         sha256,
         [Path(file).suffixes for file in files],

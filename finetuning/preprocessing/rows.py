@@ -62,12 +62,11 @@ def print_ignored(path: str, counts: dict[str, int]) -> None:
 def read_rows(
     data_path: str, files: list[str], rename: dict[str, str], output_required: bool, max_rows: int | None = None
 ) -> Iterator[tuple[str, Row, list[str]]]:
-    """Read and check the rows of files, one after the other.
+    """Read and check the rows of files, one after the other, and nothing beyond `max_rows`.
 
     Args:
         rename: for each field of the files that has another name here, that name: {"question": "instruction"}.
         output_required: whether each row must hold an answer: yes for training, no for inference.
-        max_rows: nothing is read beyond so many rows.
 
     Yields:
         Where a row stands (its file, and its row or line from 1), the row from `normalize_row`, its ignored fields.
@@ -230,15 +229,11 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") -> dict[str, str]:
-    """Separate an answer from its reasoning.
+    """The answer under its name `field` and, if there is some, its reasoning as `reasoning_content`.
 
     Args:
-        field: the answer's name, also in the result.
         beside: the row's or the message's own `reasoning_content`, or None.
         where: the message that holds the field, for error messages.
-
-    Returns:
-        The answer under the name `field` and, if there is some, the reasoning as `reasoning_content`.
     """
     reasoning, rest = split_reasoning(answer)
     begins, unopened = answer.lstrip().startswith("<think>"), UNOPENED.search(answer)
@@ -253,11 +248,7 @@ def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") ->
 
 
 def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[Row]:
-    """Check a conversation, and give its messages `role`, `content` and, if it is 0, `weight`.
-
-    Args:
-        system: the row's own system text, or None.
-    """
+    """Check a conversation, before which the row's own `system` text may stand."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'{field}' is {describe(messages)}, not a list of {{'role': ..., 'content': ...}}")
     found = [read_message(message, f"message {number}") for number, message in enumerate(messages, 1)]
@@ -276,6 +267,7 @@ def read_messages(messages: Any, field: str, system: Any, output_required: bool)
 
 
 def read_message(message: Any, where: str) -> Row:
+    """Check a message, and give it `role`, `content`, perhaps `reasoning_content` and, if it is 0, `weight`."""
     message = {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
     role = message.get("role", message.get("from"))
     if role in TOOL_ROLES:
