@@ -65,7 +65,7 @@ def find_files(data_path: str) -> list[str]:
     files: dict[str, str] = {}
     for part in [data_path] if os.path.exists(data_path) or "," not in data_path else data_path.split(","):
         find = download if part.strip().startswith("hf://") else find_local
-        files |= {os.path.realpath(file): file for file in find(part.strip()) if os.path.realpath(file) not in files}
+        files |= {os.path.realpath(file): file for file in find(part.strip())}
     decompressed: dict[str, str] = {}
     for file in files.values():
         other = decompressed.setdefault(COMPRESSED_ENDING.sub("", file), file)

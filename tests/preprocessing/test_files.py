@@ -179,6 +179,13 @@ def test_line_of_a_bad_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert f"{path}: line 302: is not UTF-8" in refused(capsys, read_all, path)
         rows = read_file_of(path)
         assert [next(rows)[0] for _ in range(300)][-1] == "line 301"
+    row = {"instruction": "a", "output": "b"}
+    path = write(
+        tmp_path / "rows.json", f"[{json.dumps(row)},\n{json.dumps(row)},\n".encode() + b'{"instruction": "\xff"}]'
+    )
+    rows = read_file_of(path)
+    assert [next(rows), next(rows)] == [("row 1", row), ("row 2", row)]
+    assert f"{path}: line 3: is not UTF-8" in refused(capsys, read_all, path)
 
 
 # ---- which files
