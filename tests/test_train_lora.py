@@ -535,7 +535,7 @@ def test_kept_cut_and_dropped_add_up(base_path: str, rows_path: str, capsys: pyt
     """Trap 14, at every length."""
     tokenizer = load_tokenizer(ModelArguments(model_path=base_path), "auto")
     seen = set()
-    for length in range(25, 60):
+    for length in range(21, 60):
         capsys.readouterr()
         data = preprocess(rows_path, tokenizer, length)
         dataset, learnt = data.dataset, sum(label != -100 for labels in data.dataset["labels"] for label in labels)
