@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/dataset.py', '            complete.touch()  # the time of its last use\n', '            complete.exists() or complete.touch()\n', 'test_dataset size_limit'),
     Mutant('finetuning/preprocessing/dataset.py', '        if "abruptly died" not in str(error):\n            raise\n', '        raise\n', 'test_dataset killed'),
     Mutant('finetuning/preprocessing/summary.py', '- truncated, truncated, len(rows) - len(first)', '- truncated, truncated, 0', 'test_dataset counts'),
-    Mutant('finetuning/preprocessing/summary.py', 'pa.array(range(2, MOST_ANSWERS), pa.int64())', 'pa.array(range(2, 3), pa.int64())', 'test_dataset odd or labels'),
+    Mutant('finetuning/preprocessing/summary.py', 'pa.array(range(2, MOST_ANSWERS), pa.int64())', 'pa.array(range(3, MOST_ANSWERS), pa.int64())', 'test_dataset odd or labels'),
     Mutant('finetuning/preprocessing/summary.py', '    if drop_reasoning:\n', '    if False:\n', 'test_templates off'),
     Mutant('finetuning/preprocessing/show.py', '            if end - start < LONGEST_CHARACTER:\n                continue\n', '            continue\n', 'test_show'),
     Mutant('finetuning/preprocessing/show.py', 'if left_out <= 0 or not sys.stdout.isatty():', 'if left_out <= 0:', 'test_show'),
