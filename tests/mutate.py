@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/readers.py', 'if not line.endswith("\\n") and stream.peek(1):', 'if False:', 'test_files no_end'),
     Mutant('finetuning/preprocessing/readers.py', '    if len(fields) < len(pairs):\n', '    if False:\n', 'test_normalize formats'),
     Mutant('finetuning/preprocessing/readers.py', 'error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")', 'error.pos >= len(text)', 'test_files_property damaged'),
-    Mutant('finetuning/preprocessing/readers.py', 'or error.msg.startswith("Unterminated string")', 'or text[error.pos] == \'"\'', 'test_normalize formats'),
+    Mutant('finetuning/preprocessing/readers.py', 'or error.msg.startswith("Unterminated string")', 'or text[error.pos] == \'"\'', 'test_files no_end'),
     Mutant('finetuning/preprocessing/readers.py', 'if is_cut and len(text) - at > LONGEST:', 'if False:', 'test_files no_end'),
     Mutant('finetuning/preprocessing/readers.py', '            if text[end : end + 1] not in (",", "]"):\n', '            if False:\n', 'test_files_property'),
     Mutant('finetuning/preprocessing/readers.py', '        if not SPACE.fullmatch(more):\n', '        if False:\n', 'test_files_property'),

@@ -408,5 +408,7 @@ def test_one_value_that_has_no_end(tmp_path: Path, capsys: pytest.CaptureFixture
     open_row = '[{"instruction": ["a", ' + '"b", ' * 10_000
     message = refused(capsys, read_all, write(tmp_path / "a.json", open_row))
     assert "row 1: has no end within" in message
+    no_comma = '[{"instruction": "a" "output": "b"}, ' + f"{json.dumps(ROWS[0])}, " * 100
+    assert "row 1: not valid JSON: Expecting ','" in refused(capsys, read_all, write(tmp_path / "c.json", no_comma))
     long_row, long_line = json.dumps(ROWS[0]) + "\n", '{"instruction": "' + "b" * 10_000
     assert "line 2: has more than" in refused(capsys, read_all, write(tmp_path / "b.json", long_row + long_line))
