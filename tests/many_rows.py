@@ -93,7 +93,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
     data = DataArguments(data_path=str(folder / "rows.json"), token_cache_dir=str(folder / "cache"), token_cache_gb=100)
-    data.preprocessing_num_workers = args.processes
+    data.preprocessing_num_workers = args.threads
     return measure(lambda: load_training_data(data, preprocess_function, tokenizer, 42, False))
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", default=str(REPOSITORY / "models/tiny-qwen"))
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", choices=["tokenizer_alone", "prepare"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder, "rows.json"), args.rows)
         print(f"{args.rows:,} rows, {Path(folder, 'rows.json').stat().st_size / GB:.2f} GB", flush=True)
-        environment = os.environ | {"RAYON_NUM_THREADS": str(args.processes)}
+        environment = os.environ | {"RAYON_NUM_THREADS": str(args.threads)}
         for name, only in [("tokenizer alone", "tokenizer_alone"), ("prepared", "prepare"), ("again", "prepare")]:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", only, "--folder", folder]
             result = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -167,7 +166,7 @@ def test_an_entry_that_a_killed_run_left_is_made_again(path: str, tmp_path: Path
 
 
 def test_a_bad_row_stops_the_run_at_once(path: str, tmp_path: Path, cache: Any, capsys: Any) -> None:
-    """While rows are read, before any is tokenised. Nothing half made is left. Rows after max_rows are not read."""
+    """Nothing half made is left. Rows after max_rows are not read."""
     with open(path, "a") as file:
         file.write('{"instruction": "a", "output": 5}\n')
     with pytest.raises(SystemExit) as stop:
@@ -199,17 +198,6 @@ def test_several_files_count_on(path: str, tmp_path: Path, capsys: pytest.Captur
     assert ": ignored fields: note (1 rows)\n" in printed
     numbers = data.dataset["row_number"][:]
     assert data.summary.rows == 22 and numbers[:3] == [1, 2, 3] and numbers[-1] == 22
-
-
-def kill(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_is_killed(path: str, tmp_path: Path, large_files: None, capsys: Any) -> None:
-    args = DataArguments(data_path=path, preprocessing_num_workers=2, token_cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(SystemExit) as stop:
-        load_training_data(args, kill, tokenizer_for(), 42, False)
-    assert stop.value.code == 1 and "was killed (out of memory?); try --preprocessing" in capsys.readouterr().err
 
 
 def test_others_wait_for_the_first(path: str, tmp_path: Path, cache: Any) -> None:
@@ -252,9 +240,9 @@ def test_a_batch_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     sizes: list[int] = []
     tokenize = dataset.tokenize_rows
     monkeypatch.setattr(
-        dataset, "tokenize_rows", lambda rows, *a, **k: sizes.append(len(rows["row"])) or tokenize(rows, *a, **k)
+        dataset, "tokenize_rows", lambda rows, *a, **k: sizes.append(len(rows)) or tokenize(rows, *a, **k)
     )
-    monkeypatch.setattr(dataset, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 100_000)
     for length, most in ((10_000, 10), (10, 500)):
         path = tmp_path / "rows.json"
         path.write_text(json.dumps([{"instruction": "a" * length, "output": "b"}] * 600))
@@ -272,11 +260,10 @@ def test_half_of_a_surrogate_pair(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, capsys: Any) -> None:
-    def write(file: Path, generate: Any) -> None:
-        file.write_text("half")
+    def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset, "write_rows", write)
+    monkeypatch.setattr(dataset, "write_tables", write)
     with pytest.raises(SystemExit) as stop:
         cache(path)
     assert stop.value.code == 1 and not entries(tmp_path)
