@@ -1,7 +1,7 @@
 """Step 6: the tokens of a run, to train and to evaluate on.
 
-Rows are read, checked and tokenised in one pass. Those of small files stay in memory; large files are tokenised once,
-and mapped into memory from the token cache.
+Rows are read, checked and tokenised in one pass. Small files stay in memory; large ones are mapped into memory from the
+token cache, which keeps them for the next run.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ ROWS |= {"has_reasoning": Value("bool"), "is_empty": Value("bool")}
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 TOKENS |= {"row_number": Value("int64"), "supervised": Value("int32"), "is_truncated": Value("bool")}
 
-# Turns a row into examples: `common.preprocess_function`.
-PreprocessFunction = Callable[[Row, PreTrainedTokenizerBase], list[Example]]
+Record, Columns = dict[str, Any], dict[str, list[Any]]
+PreprocessFunction = Callable[[Row, PreTrainedTokenizerBase], list[Example]]  # `common.preprocess_function`
 
 
 @dataclass
@@ -80,14 +80,13 @@ def load_training_data(
     Raises:
         DataError: with the file, the row, the field and the remedy.
     """
-    read = partial(read_data, args=args, function=function, tokenizer=tokenizer)
-    rows, train = read(args.data_path, args.max_rows)
+    rows, train = read_data(args.data_path, args.max_rows, args, function, tokenizer)
     evaluation = None
     if args.eval_split:
         train.dataset, held_out, numbers = split_rows(train.dataset, len(rows), args.eval_split, seed)
         rows, evaluation = rows.select(numbers - 1), Data(held_out, train.summary)
     elif args.eval_data_path:
-        rows, evaluation = read(args.eval_data_path)
+        rows, evaluation = read_data(args.eval_data_path, None, args, function, tokenizer)
     if evaluation and needs_texts:
         evaluation.rows = [json.loads(row) for row in rows["row"]]
     if is_main_process():
@@ -107,12 +106,7 @@ def split_rows(tokens: Dataset, count: int, share: float, seed: int) -> tuple[Da
 
 
 def read_data(
-    data_path: str,
-    max_rows: int | None = None,
-    *,
-    args: DataArguments,
-    function: PreprocessFunction,
-    tokenizer: PreTrainedTokenizerBase,
+    data_path: str, max_rows: int | None, args: DataArguments, function: PreprocessFunction, tokenizer: Any
 ) -> tuple[Dataset, Data]:
     """Read, check and tokenise files, or find them in the cache, and print their summary; returns ROWS and tokens."""
     files = find_files(data_path)
@@ -125,8 +119,9 @@ def read_data(
         with progress_bar(f"reading {data_path}", "rows") as bar:
             rows = read_rows(data_path, files, args.rename, True, max_rows)
             records = (bar.update() or to_record(*row, drop_reasoning) for row in rows)
-            tokenize = partial(tokenize_rows, function=function, tokenizer=tokenizer, max_length=args.max_length)
-            write_tables(records, tokenize, sinks, args.preprocessing_num_workers or count_cores())
+            encode = partial(function, tokenizer=tokenizer)
+            tokenize = partial(tokenize_rows, function=encode, max_length=args.max_length)
+            write_tables(records, tokenize, sinks, args.preprocessing_num_workers)
 
     if sum(map(os.path.getsize, files)) > SMALL:
         entry = cache_folder(args) / make_key(sha256, files, max_rows, args, function, tokenizer)
@@ -142,7 +137,7 @@ def read_data(
     return rows, Data(tokens, summary)
 
 
-def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool) -> dict[str, Any]:
+def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool) -> Record:
     """One of ROWS."""
     counts = {"has_reasoning": has_reasoning(row), "is_empty": not all(map(str.strip, learnt_answers(row)))}
     counts |= {"task": task_of(row), "label": as_label(expected_answer(row)), "ignored": as_json(ignored)}
@@ -155,10 +150,7 @@ def as_json(value: Any) -> str:
 
 
 def write_tables(
-    records: Iterator[dict[str, Any]],
-    tokenize: Callable[[list[dict[str, Any]], int], dict[str, list[Any]]],
-    sinks: list[pa.NativeFile],
-    threads: int,
+    records: Iterator[Record], tokenize: Callable[..., Columns], sinks: list[pa.NativeFile], threads: int
 ) -> None:
     """Write ROWS and their TOKENS as Arrow streams, batch by batch.
 
@@ -180,8 +172,7 @@ def write_tables(
             tokens.write_batch(pa.RecordBatch.from_pydict(pending.popleft().result(), schemas[1]))
 
 
-def split_into_batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """ROWS in lists of at most BATCH_ROWS and, but for a last one that is longer, BATCH_CHARACTERS."""
+def split_into_batches(records: Iterator[Record]) -> Iterator[list[Record]]:
     batch, characters = [], 0
     for record in records:
         batch.append(record)
@@ -194,22 +185,17 @@ def split_into_batches(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[
 
 
 def tokenize_rows(
-    records: list[dict[str, Any]],
-    number: int,
-    function: PreprocessFunction,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> dict[str, list[Any]]:
-    """TOKENS of ROWS that are counted from `number`. Examples that are too long are truncated on the right, and then
-    end without a stop token."""
+    records: list[Record], number: int, function: Callable[[Row], list[Example]], max_length: int
+) -> Columns:
+    """TOKENS of ROWS that are counted from `number`. Longer examples lose their end, and with it the stop token."""
     examples: list[list[Example]] = []
     for record in records:
         try:
-            examples.append(function(json.loads(record["row"]), tokenizer))
+            examples.append(function(json.loads(record["row"])))
         except DataError as error:
             raise DataError(f"{record['location']}: {error}") from None
-    encode_together(list(chain.from_iterable(examples)), tokenizer)
-    tokens: dict[str, list[Any]] = {name: [] for name in TOKENS}
+    encode_together(list(chain.from_iterable(examples)))
+    tokens: Columns = {name: [] for name in TOKENS}
     for row_number, of_row in enumerate(examples, number):
         is_truncated = any(len(example["input_ids"]) > max_length for example in of_row)
         for example in of_row:
@@ -221,11 +207,6 @@ def tokenize_rows(
     return tokens
 
 
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ---- token cache: a folder with an entry, a folder of its own, for each key
 
 
@@ -234,24 +215,12 @@ def cache_folder(args: DataArguments) -> Path:
 
 
 def make_key(
-    sha256: str,
-    files: list[str],
-    max_rows: int | None,
-    args: DataArguments,
-    function: PreprocessFunction,
-    tokenizer: PreTrainedTokenizerBase,
+    sha256: str, files: list[str], max_rows: int | None, args: DataArguments, function: Callable, tokenizer: Any
 ) -> str:
     """A name for tokens that changes with the data, the flags, the tokenizer, the versions of the libraries, and the
     code of this folder and of `preprocess_function`: `datasets` would keep the tokens after an edit of a module."""
-    parts = [
-        sha256,
-        [Path(file).suffixes for file in files],
-        max_rows,
-        args.max_length,
-        args.thinking == "off",
-        args.rename,
-    ]
-    parts += [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
+    parts = [sha256, [Path(file).suffixes for file in files], max_rows, args.max_length, args.thinking == "off"]
+    parts += [args.rename, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
     parts += [version(name) for name in ("datasets", "jinja2", "pyarrow", "tokenizers", "transformers")]
     parts += [date.today()] if "strftime_now" in tokenizer.chat_template else []
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getsourcefile(function))]

@@ -33,7 +33,7 @@ class Example(Mapping[str, list[int]]):
 
     def __getitem__(self, name: str) -> list[int]:
         if not self.columns:
-            encode_together([self], self.tokenizer)
+            encode_together([self])
         return self.columns[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,10 +88,11 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[
     return [Example(pieces, tokenizer) for pieces in examples]
 
 
-def encode_together(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+def encode_together(examples: list[Example]) -> None:
     """Tokenise the examples of many rows in one call, which is faster than one by one."""
     examples = [example for example in examples if isinstance(example, Example)]
-    token_ids = iter(tokenize([text for example in examples for text, _ in example.pieces], tokenizer))
+    texts = [text for example in examples for text, _ in example.pieces]
+    token_ids = iter(tokenize(texts, examples[0].tokenizer) if texts else ())
     for example in examples:
         input_ids, labels = [], []
         for _, supervised in example.pieces:

@@ -151,7 +151,7 @@ def rename_fields(row: Row, rename: dict[str, str]) -> Row:
     for old, new in rename.items():
         if old not in row and new != "input":
             hint = f"see --{new}_field {shlex.quote(old)}"
-            raise DataError(f"has no '{old}' (its fields: {list_names(row) or 'none'}); {hint}")
+            raise DataError(f"has no '{old}' (its fields: {list_names(row)}); {hint}")
         if old in row and row.get(new) is not None and new not in rename:
             raise DataError(f"has '{new}' beside '{old}', which --{new}_field names; remove one, or leave the flag out")
     others = {name: value for name, value in row.items() if name not in rename.values() or value is not None}
@@ -167,23 +167,21 @@ def refuse_other_meanings(fields: Row, where: str) -> None:
 
 def check_names(row: Row, raw: Row, output_required: bool) -> None:
     """Require `instruction` and, for training, `output`, or say which flags name what stands for them."""
-    missing = [
-        field for field in ("instruction", "output") if field not in row and (output_required or field != "output")
-    ]
+    missing = [name for name in ("instruction", "output")[: 1 + output_required] if name not in row]
     if not missing:
         return
     if missing[0] in raw:
         raise DataError(f"'{missing[0]}' is null; write the text, or remove the row")
-    problem = f"has no '{missing[0]}' (its fields: {list_names(row) or 'none'})"
-    chat = [name for name, value in row.items() if is_conversation(value)]
-    flags = suggest_flags(row)
+    chat, flags = [name for name, value in row.items() if is_conversation(value)], suggest_flags(row)
     if chat:
-        raise DataError(f"{problem}; add --messages_field {shlex.quote(chat[0])}")
-    if all(f"--{field}_field" in flags for field in missing):
-        raise DataError(f"{problem}; add {flags}")
-    if any(isinstance(value, list | dict) for value in row.values()):
-        raise DataError(f"{problem}; rows must be a plain list, not nested or in columns")
-    raise DataError(f"{problem}; a row is {EXAMPLE}; for other names there are --instruction_field and --output_field")
+        remedy = f"add --messages_field {shlex.quote(chat[0])}"
+    elif all(f"--{name}_field" in flags for name in missing):
+        remedy = f"add {flags}"
+    elif any(isinstance(value, list | dict) for value in row.values()):
+        remedy = "rows must be a plain list, not nested or in columns"
+    else:
+        remedy = f"a row is {EXAMPLE}; for other names there are --instruction_field and --output_field"
+    raise DataError(f"has no '{missing[0]}' (its fields: {list_names(row)}); {remedy}")
 
 
 def suggest_flags(row: Row) -> str:
@@ -197,16 +195,13 @@ def suggest_flags(row: Row) -> str:
 
 
 def is_conversation(value: Any) -> bool:
-    return (
-        bool(value)
-        and isinstance(value, list)
-        and all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in value)
-    )
+    messages = value if isinstance(value, list) else []
+    return bool(messages) and all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in messages)
 
 
 def list_names(names: Iterable[str]) -> str:
     """Field names for a message, on one line that is not too long."""
-    text = ", ".join(map(repr, names))
+    text = ", ".join(map(repr, names)) or "none"
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -239,10 +234,9 @@ def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") ->
     begins, unopened = answer.lstrip().startswith("<think>"), UNOPENED.search(answer)
     if begins and "</think>" not in answer or unopened and "<think>" not in answer[: unopened.start()]:
         raise DataError(f"{where}'{field}': reasoning stands before the answer, from <think> to </think>")
-    if beside is not None:
-        check_text(beside, f"{where}'reasoning_content'")
-        if reasoning and beside.strip():
-            raise DataError(f"{where}has reasoning in '{field}' and more in 'reasoning_content'; remove one of them")
+    check_text(beside or "", f"{where}'reasoning_content'")
+    if reasoning and (beside or "").strip():
+        raise DataError(f"{where}has reasoning in '{field}' and more in 'reasoning_content'; remove one of them")
     reasoning = reasoning or (beside or "").strip()
     return {field: rest} | ({"reasoning_content": reasoning} if reasoning else {})
 
@@ -294,8 +288,8 @@ def read_message(message: Any, where: str) -> Row:
 
 def check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        remedies = {list: "a row holds one text for each field, not a column", NoneType: "write it, or remove the row"}
-        remedies[dict] = remedies[list]
+        remedies = {NoneType: "write it, or remove the row"}
+        remedies |= dict.fromkeys((list, dict), "a row holds one text for each field, not a column")
         raise DataError(f"{where} is {describe(value)}, not text; {remedies.get(type(value), 'put it in quotes')}")
     try:
         value.encode()
@@ -306,14 +300,9 @@ def check_text(value: Any, where: str) -> None:
 
 def describe(value: Any) -> str:
     """A short name of a JSON value for a message."""
-    names = {
-        NoneType: "null",
-        bool: f"the boolean {str(value).lower()}",
-        list: "a list",
-        dict: "an object",
-        str: "text",
-    }
-    names |= dict.fromkeys((int, float), f"the number {value}")
+    if isinstance(value, int | float):
+        return f"the {'boolean' if isinstance(value, bool) else 'number'} {str(value).lower()}"
+    names = {NoneType: "null", list: "a list", dict: "an object", str: "text"}
     return names.get(type(value), f"of the type {type(value).__name__}")  # a date of a Parquet file, for example
 
 
