@@ -7,6 +7,7 @@ from finetuning.cli.console import fail, say  # before peft, whose import is noi
 
 # isort: split
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, disable_fsdp_ram_efficient_loading
 from peft import PeftModel
 from transformers import (
@@ -47,6 +48,7 @@ from finetuning.training.checkpoints import (
     find_resume_checkpoint,
     remove_checkpoints,
     run_settings,
+    saved_step,
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
@@ -207,8 +209,9 @@ def train_and_save(
     checkpoint = None
     if args.training.should_save:
         checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
-        clear_output_dir(output_dir, args.run.overwrite_output_dir)
+        clear_output_dir(output_dir, args.run.overwrite_output_dir, saved_step(checkpoint))
     (checkpoint,) = broadcast_object_list([checkpoint])
+    resumed_at = saved_step(checkpoint)
     start = adapter_state(model)
 
     signals = StopOnSignal()
@@ -220,10 +223,11 @@ def train_and_save(
     signals.exit_if_caught()
 
     state = adapter_state(model)
+    PartialState().wait_for_everyone()  # another process may still read the best checkpoint
     if args.training.should_save:
         save_adapter(model, state, output_dir, start, files)
         if not args.run.keep_checkpoints:
             remove_checkpoints(output_dir)
-    run = describe_run(trainer, result.metrics, checkpoint, train_data.summary, args)
+    run = describe_run(trainer, result.metrics, resumed_at, train_data.summary, args)
     print_run(run, output_dir)
     return run

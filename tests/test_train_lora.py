@@ -201,6 +201,13 @@ def test_evaluation_during_training(run: Run, flags: list[str], rows_path: str, 
     assert "  evaluation, " not in printed and "| rows |   12 | " in printed
 
 
+def test_each_evaluation_has_its_checkpoint(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
+    """Or the best one is evaluated, but never saved, and the last one comes out instead without a word."""
+    best = ["--eval_data_path", rows_path, "--load_best_model_at_end", "True", "--eval_strategy", "steps"]
+    run(*flags, *best, "--eval_steps", 3, "--eval_metrics", False, "--keep_checkpoints", True)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+
 def test_metrics_at_the_end(run: Run, run_main: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
     """The scores of the saved adapter: those that inference.py gives, with dropout and checkpointing off (trap 16)."""
     flags = [*flags, "--eval_data_path", rows_path, "--load_best_model_at_end", "True", "--learning_rate", "0.05"]

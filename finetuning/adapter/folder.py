@@ -90,7 +90,10 @@ def choose_thinking(tokenizer: PreTrainedTokenizerBase, summary: Summary, wanted
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy on the CPU of the adapter's tensors, under the names they are saved with. All processes must call it."""
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
-        return {name: whole_copy(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
+        return {
+            name: whole_copy(tensor)
+            for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }
 
 
 def write_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -138,7 +141,9 @@ def save_adapter(
         if saved.keys() != state.keys() or not all(torch.equal(saved[name], state[name]) for name in state):
             fail(f"{WEIGHTS} does not hold what was trained when it is read back; is the disk sound?", 1)
         shutil.copymode(scratch / INFO, scratch / WEIGHTS)  # safetensors gives only the owner access
-        # the weights last: if they are there, the folder is whole
+        flush_to_disk(scratch)
+        # the weights last, and no older ones meanwhile: if they are there, the folder is whole
+        Path(output_dir, WEIGHTS).unlink(missing_ok=True)
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == WEIGHTS):
             os.replace(file, Path(output_dir, file.name))
     except (OSError, SafetensorError) as error:
@@ -152,6 +157,18 @@ def save_adapter(
         )
     finally:
         shutil.rmtree(scratch)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk, so that a power cut cannot take their contents."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    if os.name != "nt":  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -31,8 +31,11 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.caught = 0  # the number of the signal
         self.process = os.getpid()
+        self.before: dict[int, Any] = {}  # the handlers that were there
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if self.before:  # the Trainer begins anew after `--auto_find_batch_size` has halved the batch
+            return
         self.group = dist.new_group(backend="gloo") if args.world_size > 1 else None
         self.before = {number: signal.signal(number, self.catch) for number in self.SIGNALS}
 

@@ -6,7 +6,6 @@ with the size of each file. A checkpoint without it is half written, one with fi
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.adapter.fingerprint import compare_fingerprints
@@ -28,6 +28,7 @@ from finetuning.adapter.folder import (
     SCRATCH,
     WEIGHTS,
     adapter_state,
+    flush_to_disk,
     write_adapter,
 )
 from finetuning.cli.commands import resume_command
@@ -99,18 +100,6 @@ def checkpoint_folder(output_dir: str, step: int) -> Path:
     return Path(output_dir, f"checkpoint-{step}")
 
 
-def flush_to_disk(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk, so that a power cut cannot take their contents."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    if os.name != "nt":  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
     """If `error` is a checkpoint that could not be written, delete what there is of it, and exit with the remedy."""
     folder = checkpoint_folder(output_dir, step)
@@ -153,10 +142,19 @@ def check_output_dir(output_dir: str, allowed: bool) -> None:
     fail(f"--output_dir '{folder}' already holds {kind}; {remedy}")
 
 
-def clear_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Remove what a killed run was still writing and, to overwrite, the checkpoints, scores and report of another."""
+def clear_output_dir(output_dir: str, overwrite: bool, resumed_at: int) -> None:
+    """Remove what a killed run was still writing, and what this run will not continue.
+
+    To overwrite, these are the checkpoints, scores and report of another run; to resume, the checkpoints after the step
+    `resumed_at`. They may be half written, and as the highest they would outlive the complete ones.
+    """
     for folder in Path(output_dir).glob(SCRATCH + "*"):
         shutil.rmtree(folder)
+    later = [path for path in find_checkpoints(output_dir) if resumed_at and step_of_name(path) > resumed_at]
+    for folder in later:
+        shutil.rmtree(folder)
+    if later:
+        say(f"resumed at step {resumed_at}; removed: {', '.join(folder.name for folder in later)}")
     if overwrite:
         remove_checkpoints(output_dir)
         for name in (METRICS, CONFUSION, REPORT, CURVE):
@@ -166,7 +164,18 @@ def clear_output_dir(output_dir: str, overwrite: bool) -> None:
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, the latest step first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(folders, key=step_of_name, reverse=True)
+
+
+def step_of_name(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def saved_step(checkpoint: str | None) -> int:
+    """The step after which a complete checkpoint was written, whatever its folder is called; 0 for none."""
+    return (
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"] if checkpoint else 0
+    )
 
 
 def remove_checkpoints(output_dir: str) -> None:
@@ -192,13 +201,13 @@ def find_resume_checkpoint(
     """The checkpoint to resume from.
 
     Args:
-        wanted: `--resume_from_checkpoint`: a folder, or "True" for the newest complete checkpoint.
+        wanted: `--resume_from_checkpoint`: a folder, or "True" for the newest complete checkpoint; None for none.
         adapter_files: those of the run that is about to start, from `describe_adapter`.
 
     Raises:
         SystemExit: code 2, if there is none, or it is of another adapter, base model or data file.
     """
-    if not wanted or wanted.lower() == "false":
+    if not wanted:
         return None
     candidates = find_checkpoints(output_dir) if wanted.lower() == "true" else [Path(wanted)]
     for folder in candidates:

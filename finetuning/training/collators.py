@@ -36,7 +36,9 @@ def needs_no_mask(config: PreTrainedConfig) -> bool:
 
 
 def layer_types(config: PreTrainedConfig) -> set[str]:
-    return set(getattr(config, "layer_types", None) or ["full_attention"])
+    """The kinds of attention in a model's layers. One that lists none has its window, if it has one, in all of them."""
+    window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return set(getattr(config, "layer_types", None) or [window])
 
 
 def row_lengths(dataset: Dataset) -> list[int]:

@@ -259,9 +259,11 @@ def rehearse(trainer: Trainer, args: Arguments) -> Rehearsal | None:
     If memory runs out, the message names the rows. Returns None if it would change something: with several processes,
     which would have to agree, and with optimizers that work in the backward pass.
     """
-    training, size, device = args.training, trainer.state.train_batch_size, args.training.device
+    training, device = args.training, args.training.device
     if training.world_size > 1 or training.optim.endswith(IN_BACKWARD):
         return None
+    # after a resume the state names the batch of the run that wrote the checkpoint
+    size = trainer.state.train_batch_size if training.auto_find_batch_size else training.train_batch_size
     lengths = np.array(row_lengths(trainer.train_dataset))
     order = lengths.argsort(kind="stable")
     middle = int(np.searchsorted(lengths[order], lengths.mean())) - size // 2

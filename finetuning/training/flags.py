@@ -90,6 +90,9 @@ def parse_arguments(
             fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
         if flags.save_strategy == "steps":
             flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
+            flags.save_steps = flags.eval_steps or flags.logging_steps
+    if str(flags.resume_from_checkpoint).lower() == "false":
+        flags.resume_from_checkpoint = None
     check_engine(engine_asked_for(flags), flags.use_cpu)
     args = Arguments(*parser.to_dataclasses(flags))
     check_combinations(args, evaluates)

@@ -89,7 +89,7 @@ class ChunkedLoss:
         """
         targets = labels.flatten()
         divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        divisor = torch.as_tensor(divisor, device=targets.device)
+        divisor = torch.as_tensor(divisor, device=targets.device).clamp(min=1)  # a process may have no row at the end
 
         def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
             self.hidden = args[0].flatten(0, -2)

@@ -71,17 +71,16 @@ def merge_log(log: list[dict[str, float]]) -> list[dict[str, float | None]]:
 
 
 def describe_run(
-    trainer: Trainer, metrics: dict[str, float], checkpoint: str | None, summary: Summary, args: Arguments
+    trainer: Trainer, metrics: dict[str, float], resumed_at: int, summary: Summary, args: Arguments
 ) -> dict[str, Any]:
     """What is known of a finished run, for training_report.json.
 
     Args:
         metrics: of the Trainer's result.
-        checkpoint: that the run was resumed from. Its log is part of the history; the speed is that of the steps since.
+        resumed_at: the step of the checkpoint that the run was resumed from, or 0. The speed is of the steps since.
         summary: of the training data.
     """
     state, device, seconds = trainer.state, args.training.device, metrics["train_runtime"]
-    resumed_at = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
     tokens = sum(row_lengths(trainer.train_dataset)) * state.epoch * (1 - resumed_at / state.global_step)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     config = trainer.model.peft_config["default"]

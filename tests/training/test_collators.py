@@ -6,7 +6,7 @@ from support import FLAT, HYBRID, loss_alone, make_model, make_rows
 from transformers import AutoConfig
 
 from finetuning.preprocessing.encode import IGNORE_INDEX
-from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
+from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten, needs_no_mask
 
 
 def test_flattened_batch_literally() -> None:
@@ -54,6 +54,10 @@ def test_which_models_may_be_flattened() -> None:
     sliding = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "sliding_attention" in sliding.config.layer_types
     assert not can_flatten(sliding.config)
+    window = AutoConfig.for_model(
+        "qwen3_moe", use_sliding_window=True, sliding_window=4
+    )  # in all layers, without a list
+    assert not can_flatten(window) and not needs_no_mask(window)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -14,8 +14,9 @@ from transformers.integrations import liger
 
 import common
 import train_lora
+from finetuning.adapter import folder
 from finetuning.cli.arguments import ModelArguments
-from finetuning.training import checkpoints, flags
+from finetuning.training import flags
 from finetuning.training import trainer as trainer_module
 from finetuning.training.flags import Arguments, parse_arguments
 
@@ -146,8 +147,8 @@ def test_files_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     flushed = []
     (tmp_path / "adapter.safetensors").write_bytes(b"1")
     windows = SimpleNamespace(name="nt", fsync=flushed.append, open=Mock(side_effect=PermissionError))
-    monkeypatch.setattr(checkpoints, "os", windows)
-    checkpoints.flush_to_disk(tmp_path)
+    monkeypatch.setattr(folder, "os", windows)
+    folder.flush_to_disk(tmp_path)
     assert len(flushed) == 1
 
 

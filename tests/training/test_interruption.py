@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from soak import SCRIPTS, soak
 from support import REPOSITORY, STEP, Run, equal_weights
 
 import train_lora
+from finetuning.adapter import folder
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import find_broken_part, find_checkpoints
@@ -94,7 +97,7 @@ class Windows:
 
 def test_windows(run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 77: checkpoints are written there too."""
-    monkeypatch.setattr(checkpoints, "os", Windows())
+    monkeypatch.setattr(folder, "os", Windows())
     run_main(train_lora, *flags, "--keep_checkpoints", True)
     assert [find_broken_part(folder) for folder in find_checkpoints(tmp_path / "out")] == [None, None]
 
@@ -116,6 +119,11 @@ def test_an_interrupt_before_training_has_no_traceback() -> None:
 def test_signals_are_given_back(run_main: Run, flags: list[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run_main(train_lora, *flags)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    stop = StopOnSignal()
+    for _ in range(2):  # the Trainer begins anew with half the batch, after --auto_find_batch_size
+        stop.on_train_begin(SimpleNamespace(world_size=1))
+    stop.on_train_end(SimpleNamespace())
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -179,7 +187,86 @@ def test_killed_while_replacing_a_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch, "save", die_at(torch.save, 2))
         run_main(train_lora, *flags, "--resume_from_checkpoint", out / "checkpoint-2")
-    assert [find_broken_part(folder) is None for folder in find_checkpoints(out)] == [True, False, True]
+    assert [find_broken_part(folder) is None for folder in find_checkpoints(out)] == [False, True]
+
+
+class SignalAt(StopOnSignal):
+    """Catches SIGTERM in a step, counted from 1."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.catch(signal.SIGTERM, None)
+
+
+def names(out: Path) -> list[str]:
+    return [path.name for path in find_checkpoints(out)]
+
+
+def test_half_a_checkpoint_outlives_no_complete_one(
+    run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a killed run 4 is complete and 6 is half written. Resumed and stopped at 5, with room for one checkpoint."""
+    out, flags = tmp_path / "out", [*flags, "--save_total_limit", "1"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch, "save", die_at(torch.save, 10))
+        run_main(train_lora, *flags)
+    assert names(out) == ["checkpoint-6", "checkpoint-4"] and find_broken_part(out / "checkpoint-6")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(5))
+        run_main(train_lora, *flags, "--resume_from_checkpoint", True)
+    assert names(out) == ["checkpoint-5"] and find_broken_part(out / "checkpoint-5") is None
+
+
+def test_an_abandoned_branch_goes(
+    run_main: Run, flags: list[str], trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed from 2, with 4 and 6 of the run before: `True` would go on from those later."""
+    out = tmp_path / "out"
+    run_main(train_lora, *flags, "--keep_checkpoints", "True", "--save_total_limit", "3")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(3))
+        run_main(train_lora, *flags, "--resume_from_checkpoint", out / "checkpoint-2")
+    assert names(out) == ["checkpoint-3", "checkpoint-2"]
+    run_main(train_lora, *flags, "--resume_from_checkpoint", True)
+    assert equal_weights(out, trained(train_lora, *MORE))
+
+
+def test_a_renamed_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:
+    """The run has its report: the step is read from the checkpoint, not from its name."""
+    out, copy = tmp_path / "out", tmp_path / "backup"
+    run_main(train_lora, *flags, "--keep_checkpoints", "True")
+    shutil.copytree(out / "checkpoint-4", copy)
+    run_main(train_lora, *flags, "--resume_from_checkpoint", copy)
+    report = json.loads((out / "training_report.json").read_text(encoding="utf-8"))
+    assert report["resumed_at_step"] == 4 and report["steps"] == 6
+
+
+def test_not_to_resume(run_main: Run, flags: list[str]) -> None:
+    """`--resume_from_checkpoint False` is no leave to replace a finished adapter."""
+    run_main(train_lora, *flags)
+    assert "already holds" in run_main(train_lora, *flags, "--resume_from_checkpoint", False, expected=2)
+
+
+def test_an_adapter_is_replaced_as_a_whole(
+    run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its files, a run leaves no old weights with a new configuration. The new ones are on the disk."""
+    out = tmp_path / "out"
+    run_main(train_lora, *flags)
+    flushed: list[list[str]] = []
+    flush = folder.flush_to_disk
+    monkeypatch.setattr(
+        folder, "flush_to_disk", lambda path: flushed.append([file.name for file in path.iterdir()]) or flush(path)
+    )
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(folder.os, "replace", die_at(os.replace, 2))
+        run_main(train_lora, *flags, "--overwrite_output_dir", True, "--save_strategy", "no")
+    assert not (out / folder.WEIGHTS).exists() and (out / "README.md").exists()
+    assert len(flushed) == 1 and {folder.WEIGHTS, folder.CONFIG, folder.INFO} <= set(flushed[0])
 
 
 def test_half_a_first_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:

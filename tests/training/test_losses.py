@@ -90,6 +90,17 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
 
 
+def test_a_turn_without_rows() -> None:
+    """With --average_tokens_across_devices False a process counts its own labels, and may have none at the end."""
+    model = make_model()
+    freeze_vocabulary(model)
+    batch = FlattenCollator()([{"input_ids": [1, 2], "labels": [IGNORE_INDEX] * 2}])
+    chunked = ChunkedLoss(model.get_output_embeddings())
+    with attention(model), chunked.instead_of_logits(batch.pop("labels"), torch.tensor(0)):
+        model(**batch)
+        assert chunked() == 0
+
+
 def test_trained_head_is_refused() -> None:
     with pytest.raises(ValueError, match="lm_head"):
         ChunkedLoss(make_model().lm_head)

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from support import STEP, Run, equal_weights, logged
 from transformers import Trainer
 
 import train_lora
 import train_prompt_tuning
-from finetuning.training import progress
+from finetuning.training import dry_run, progress
 from finetuning.training.dry_run import rehearse
 
 
@@ -122,3 +123,19 @@ def test_where_there_is_none() -> None:
     for processes, optimizer in ((2, "adamw_torch"), (1, "galore_adamw_layerwise"), (1, "adalomo")):
         training = SimpleNamespace(world_size=processes, optim=optimizer, device=torch.device("cpu"))
         assert rehearse(trainer, SimpleNamespace(training=training)) is None
+
+
+@pytest.mark.parametrize(("finds_batch", "rows"), [(False, 4), (True, 2)])
+def test_the_batch_is_that_of_this_run(monkeypatch: pytest.MonkeyPatch, finds_batch: bool, rows: int) -> None:
+    """Of two processes with two rows each, resumed by one with four: the checkpoint's state still says two."""
+    measured: list[int] = []
+    monkeypatch.setattr(dry_run, "take_pass", lambda trainer, batch: measured.append(len(batch)) or 1.0)
+    monkeypatch.setattr(dry_run, "memory_flags", lambda *args: {})
+    training = SimpleNamespace(world_size=1, optim="adamw_torch", device=torch.device("cpu"), train_batch_size=4)
+    training.auto_find_batch_size, training.gradient_accumulation_steps = finds_batch, 1
+    dataset = Dataset.from_dict({"length": [3] * 8, "row_number": list(range(8))})
+    guard = SimpleNamespace(forwards=[])
+    trainer = SimpleNamespace(state=SimpleNamespace(train_batch_size=2), train_dataset=dataset, not_finite_guard=guard)
+    trainer.model = torch.nn.Linear(2, 2)
+    rehearse(trainer, SimpleNamespace(training=training))
+    assert measured == [rows, rows]
