@@ -60,10 +60,12 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
     watcher = Thread(target=watch)
     watcher.start()
     start, cpu = time.perf_counter(), sum(os.times()[:4])
-    work()
-    figures = {"seconds": time.perf_counter() - start, "CPU-seconds": sum(os.times()[:4]) - cpu}
-    done = True
-    watcher.join()
+    try:
+        work()
+        figures = {"seconds": time.perf_counter() - start, "CPU-seconds": sum(os.times()[:4]) - cpu}
+    finally:
+        done = True
+        watcher.join()
     return figures | {"GB before": before / GB, "peak GB": peak / GB}
 
 

@@ -408,16 +408,19 @@ def test_a_result_that_answers_otherwise(merge: Run, tmp_path: Path, monkeypatch
     """Exit code 1, and the folder keeps a name that says so: no effect, other prompts, half of the effect."""
     save_random_adapter(save_base(tmp_path / "base", "qwen2"), tmp_path / "adapter", "lora")
 
-    def breaks(name: str, replacement: Any) -> None:
+    def breaks(name: str, replacement: Any, *flags: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(f"finetuning.adapter.merging.{name}", replacement)
-            message = merge(expected=1)
+            message = merge(*flags, expected=1)
         assert f"keeps the name {tmp_path / 'merged.unverified'}" in message and not (tmp_path / "merged").exists()
         assert "is in the way" in merge(expected=2)
         shutil.rmtree(tmp_path / "merged.unverified")
 
     breaks("lora_changes", lambda *rest: {})
     breaks("serve_template", lambda template, *rest: template.replace("Instruction", "instruction"))
+    save_random_adapter(str(tmp_path / "base"), tmp_path / "adapter", "lora", lora_alpha=0.5)  # lightly trained
+    for dtype in ("float32", "float16", "bfloat16"):
+        breaks("lora_changes", lambda *rest: {}, "--dtype", dtype)
     save_random_adapter(str(tmp_path / "base"), tmp_path / "adapter", "soft prompt")
     breaks("soft_prompt_changes", lambda prompt, *rest: soft_prompt_changes(prompt / 2, *rest))
 

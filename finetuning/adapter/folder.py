@@ -171,6 +171,28 @@ def flush_to_disk(folder: Path) -> None:
         os.close(descriptor)
 
 
+def find_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, the latest step first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(folders, key=step_of_name, reverse=True)
+
+
+def step_of_name(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def find_broken_part(folder: Path) -> str | None:
+    """The first file that a checkpoint lacks, or that is not as long as it was; None for a complete checkpoint."""
+    try:
+        sizes = json.loads((folder / INFO).read_text(encoding="utf-8")).get("files", {})  # older ones list none
+    except (OSError, ValueError):
+        return f"{INFO} is missing or broken"
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{name} is {'broken' if (folder / name).is_file() else 'missing'}"
+    return None
+
+
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Check that a folder holds a whole adapter with finite weights, and read its two JSON files.
 
@@ -185,8 +207,8 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            hint = f"; it holds a checkpoint: --adapter_path {checkpoints[-1]}" if checkpoints else ""
+            complete = [path for path in find_checkpoints(folder) if not find_broken_part(path)]
+            hint = f"; it holds a checkpoint: --adapter_path {complete[0]}" if complete else ""
             fail(f"'{adapter_path}' holds no {name}: it is not a finished adapter{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

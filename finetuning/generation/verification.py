@@ -30,6 +30,8 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # In a mixture of experts, rounding hands a token over to another expert if two come close. This share of the tokens,
 # and of the answers that follow from them, may then differ by more: seen once in 128 tokens with random weights.
 HANDED_OVER = 0.05
+# The negative control: the base model alone must be so many times as far away, as the mean of all tokens.
+CLEARLY = 4
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Reference:
     prompts: list[list[int]]  # token ids, without a soft prompt
     answers: list[list[int]]  # with the stop token, or cut at MAX_NEW_TOKENS
     logits: list[torch.Tensor]  # of each answer: (tokens, rows of the vocabulary), float32
+    effects: list[float]  # for each token of the answers the largest change of a logit that the adapter makes
 
 
 def make_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Reference:
@@ -48,11 +51,14 @@ def make_reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
     questions = [to_messages(without_answer(row), tokenizer) for row in rows]
     prompts = [encode_question(row, tokenizer) for row in rows]
     answers = [generate(model, tokenizer, [prompt], config)[0].token_ids for prompt in prompts]
-    logits = []
+    logits, effects = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         input_ids, _ = pad_left(model, [prompt + answer], config.pad_token_id)
         logits.append(logits_of_answer(model, input_ids, len(answer)))
-    return Reference(questions, prompts, answers, logits)
+        with model.disable_adapter():
+            alone = logits_of_answer(model, torch.tensor([prompt + answer], device=model.device), len(answer))
+        effects += (logits[-1] - alone).abs().amax(dim=1).tolist()
+    return Reference(questions, prompts, answers, logits, effects)
 
 
 @torch.inference_mode()
@@ -74,15 +80,17 @@ class Comparison:
     leads: list[float]  # of each answer that differs: how much better, as a logit, the expected token was there
     rows: int
     experts: bool  # whether the model is a mixture of experts
+    effects: list[float]  # of the reference: the differences of a base model without its adapter
 
     def is_good(self, dtype: torch.dtype) -> bool:
-        """Whether all differences are those of rounding, with weights of this dtype."""
+        """Whether all differences are those of rounding, with weights of this dtype, and the adapter is not lost."""
         rounding, handed_over = ROUNDING[dtype] * self.scale, HANDED_OVER if self.experts else 0
         tokens = sum(difference > rounding for difference in self.differences)
         answers = sum(lead > 2 * rounding for lead in self.leads)
         return (
             self.prompts == self.rows
             and all(map(math.isfinite, self.differences))
+            and CLEARLY * sum(self.differences) < sum(self.effects)
             and tokens <= handed_over * len(self.differences)
             and answers <= math.ceil(handed_over * self.rows)
         )
@@ -91,9 +99,9 @@ class Comparison:
         """Print the numbers after a `name` that says what was compared."""
         parted = f" (where others part, the expected token led by {max(self.leads, default=0):.2g})"
         say(
-            f"{name}, {self.rows} rows: largest logit difference {max(self.differences):.2g} (largest logit "
-            f"{self.scale:.3g}), equal prompts {self.prompts}, equal first tokens {self.first_tokens}, equal answers "
-            f"{self.answers}{parted if self.answers < self.rows else ''}"
+            f"{name}, {self.rows} rows: largest logit difference {max(self.differences):.2g} (of the base alone "
+            f"{max(self.effects):.2g}, largest logit {self.scale:.3g}), equal prompts {self.prompts}, equal first "
+            f"tokens {self.first_tokens}, equal answers {self.answers}{parted if self.answers < self.rows else ''}"
         )
 
 
@@ -117,7 +125,7 @@ def compare(
     length, limit = served.input_ids.shape[1], MAX_NEW_TOKENS - len(plain_start)
     found = model.generate(**served, max_new_tokens=limit, do_sample=False, repetition_penalty=1.0)
     experts = hasattr(model.config.get_text_config(), "num_experts")
-    result = Comparison([], 0.0, 0, 0, 0, [], len(reference.answers), experts)
+    result = Comparison([], 0.0, 0, 0, 0, [], len(reference.answers), experts, reference.effects)
     for number, (prompt, answer, expected) in enumerate(
         zip(reference.prompts, reference.answers, reference.logits, strict=True)
     ):

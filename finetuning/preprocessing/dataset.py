@@ -24,10 +24,12 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, List, Value
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.cli.console import fail, first_line, is_main_process, progress_bar, say
@@ -89,7 +91,7 @@ def load_training_data(
         rows, evaluation = read_data(args.eval_data_path, None, args, function, tokenizer)
     if evaluation and needs_texts:
         evaluation.rows = [json.loads(row) for row in rows["row"]]
-    if is_main_process():
+    if PartialState().is_local_main_process:  # each machine may have a cache of its own
         remove_oldest(cache_folder(args), args.token_cache_gb)
     return train, evaluation
 
@@ -114,14 +116,15 @@ def read_data(
         say(f"{data_path}: {len(files)} files, from {files[0]} to {files[-1]}")
     (sha256,) = broadcast_object_list([hash_files(files) if is_main_process() else None])
     drop_reasoning = args.thinking == "off"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our threads are enough, one for each batch
 
     def write(sinks: list[pa.NativeFile]) -> None:
         with progress_bar(f"reading {data_path}", "rows") as bar:
             rows = read_rows(data_path, files, args.rename, True, max_rows)
-            records = (bar.update() or to_record(*row, drop_reasoning) for row in rows)
+            records = (to_record(*row, drop_reasoning) for row in rows)
             encode = partial(function, tokenizer=tokenizer)
             tokenize = partial(tokenize_rows, function=encode, max_length=args.max_length)
-            write_tables(records, tokenize, sinks, args.preprocessing_num_workers)
+            write_tables(records, tokenize, sinks, args.preprocessing_num_workers, bar)
 
     if sum(map(os.path.getsize, files)) > SMALL:
         entry = cache_folder(args) / make_key(sha256, files, max_rows, args, function, tokenizer)
@@ -150,7 +153,7 @@ def as_json(value: Any) -> str:
 
 
 def write_tables(
-    records: Iterator[Record], tokenize: Callable[..., Columns], sinks: list[pa.NativeFile], threads: int
+    records: Iterator[Record], tokenize: Callable[..., Columns], sinks: list[Any], threads: int, bar: tqdm
 ) -> None:
     """Write ROWS and their TOKENS as Arrow streams, batch by batch.
 
@@ -166,6 +169,7 @@ def write_tables(
             pending.append(pool.submit(tokenize, batch, number))
             rows.write_batch(pa.RecordBatch.from_pylist(batch, schemas[0]))
             number += len(batch)
+            bar.update(len(batch))
             if len(pending) > threads:
                 tokens.write_batch(pa.RecordBatch.from_pydict(pending.popleft().result(), schemas[1]))
         while pending:

@@ -1,5 +1,6 @@
 """The flags that say which rows are read, and how."""
 
+import os
 from dataclasses import dataclass
 
 from finetuning.cli.arguments import beside_scripts, flag
@@ -50,7 +51,10 @@ class DataArguments(FieldArguments):
         "on: inference asks for reasoning; off: reasoning is left out",
         choices=["auto", "on", "off"],
     )
-    preprocessing_num_workers: int = flag(4, "threads that tokenise; more gain little, as Python runs in one at a time")
+    preprocessing_num_workers: int = flag(
+        min(4, os.cpu_count() or 1),
+        "threads that tokenise; more than 4 gain little, as Python runs in one at a time",
+    )
     token_cache_dir: str | None = flag(None, "folder for the tokens of large files (default: in the cache of datasets)")
     token_cache_gb: float = flag(50.0, "size that the token cache may grow to, in GB; the oldest is then removed")
     show_rows: int = flag(0, "print so many rows as the model gets them, with what is supervised; train nothing")

@@ -20,6 +20,7 @@ from finetuning.cli.console import first_line
 from finetuning.preprocessing.files import CHUNK, COMPRESSED_ENDING, DataError, decode, decompress, open_file
 
 LONGEST = 64 << 20  # characters of one row; beyond, a bracket or a quotation mark is missing
+OBJECT = re.compile(rb"\[?\s*\{")  # JSON that is called .csv
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 UNREAD_TYPES = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)  # of columns that mean nothing here
 NOT_READ = object()  # stands for a value of a Parquet column that is not read
@@ -43,10 +44,10 @@ def read_file(path: str, fields: Collection[str]) -> Rows:
             start = start.removeprefix(BOM_UTF8).lstrip(b" \t\r\n")
             if start.startswith(b"PAR1"):
                 yield from read_parquet(stream, fields)
+            elif name.endswith((".csv", ".tsv")) and not OBJECT.match(start):
+                yield from read_table(read_lines(stream), "," if name.endswith(".csv") else "\t")
             elif start.startswith(b"["):
                 yield from read_json_list(decode(iter(lambda: stream.read(CHUNK), b"")))
-            elif name.endswith((".csv", ".tsv")) and not start.startswith(b"{"):
-                yield from read_table(read_lines(stream), "," if name.endswith(".csv") else "\t")
             else:
                 yield from read_json_lines(read_lines(stream))
         except (OSError, EOFError, pa.ArrowException) as error:

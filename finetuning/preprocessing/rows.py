@@ -28,6 +28,7 @@ FIELDS = ("instruction", "input", "output", "reasoning_content", "system", "hist
 FIELDS += ("messages", "conversations")
 JSON_FIELDS = ("messages", "conversations", "history")  # may be JSON text, as in a table
 ABSENT_IF_EMPTY = (*JSON_FIELDS, "system", "reasoning_content", "task")  # a table has no other way to leave them out
+MASKS = ("weight", "loss", "train")  # of OpenAI, ms-swift and Axolotl: 0 or false leaves a message out of the loss
 NO_TASK = "rows"  # the task of rows that name none
 
 # Fields that are refused if they hold something, and why.
@@ -74,7 +75,7 @@ def read_rows(
     Raises:
         DataError: with the file, the row, the field and the remedy.
     """
-    unseen, fields = set(rename), {*FIELDS, *REFUSED, *JUDGEMENTS, *rename}
+    unseen, fields, count = set(rename), {*FIELDS, *REFUSED, *JUDGEMENTS, *rename}, 0
 
     def check(file: str) -> Iterator[tuple[str, Row, list[str]]]:
         location, index = file, None
@@ -90,10 +91,12 @@ def read_rows(
         except DataError as error:
             raise DataError(f"{location}: {error}") from None
 
-    yield from islice(chain.from_iterable(map(check, files)), max_rows)
+    for row in islice(chain.from_iterable(map(check, files)), max_rows):
+        count += 1
+        yield row
     for name in unseen:  # an input that is misspelt would be missing everywhere
         message = f"{data_path}: no row has the field '{name}', which --{rename[name]}_field names"
-        if max_rows is None:
+        if max_rows is None or count < max_rows:
             raise DataError(message)
         warn(f"{message}, among the first {max_rows}")
 
@@ -124,9 +127,9 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
             except ValueError as error:
                 raise DataError(f"'{name}' is text, and not valid JSON: {error}") from None
     refuse_other_meanings(row, "")
-    says_no = str(row.get("output")).strip(" \n.!。！").lower() in NO
     for name in JUDGEMENTS:
-        if str(row.get(name)).lower() == "false" and not says_no:  # in a CSV it is text
+        is_false = name in row and str(row[name]).lower() == "false"  # in a CSV it is text
+        if is_false and str(row.get("output")).strip(" \n.!。！").lower() not in NO:
             raise DataError(f"'{name}' is false: the row {PREFERENCE}; if it says something else, rename '{name}'")
     for field in ("messages", "conversations"):
         if field in row:
@@ -283,7 +286,10 @@ def read_message(message: Any, where: str) -> Row:
         texts = separate_reasoning("content", content, reasoning, f"{where}: ")
     elif reasoning:
         raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
-    return {"role": ROLES[role]} | texts | ({"weight": 0} if message.get("weight") == 0 else {})
+    masks = [message[name] for name in MASKS if name in message]
+    if any(mask not in (0, 1) for mask in masks):
+        raise DataError(f"{where} has the weight {masks[0]!r}; an answer is learnt, with 1, or not, with 0")
+    return {"role": ROLES[role]} | texts | ({"weight": 0} if 0 in masks else {})
 
 
 def check_text(value: Any, where: str) -> None:
@@ -320,8 +326,9 @@ def expected_answer(row: Row) -> str | None:
 
 
 def learnt_answers(row: Row) -> list[str]:
-    messages = row.get("messages") or [{"role": "assistant", "content": row["output"]}]
-    return [each["content"] for each in messages if each["role"] == "assistant" and each.get("weight") != 0]
+    if "messages" not in row:
+        return [*(answer for _, answer in row.get("history") or ()), row["output"]]
+    return [each["content"] for each in row["messages"] if each["role"] == "assistant" and each.get("weight") != 0]
 
 
 def has_reasoning(row: Row) -> bool:

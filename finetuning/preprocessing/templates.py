@@ -27,17 +27,14 @@ from finetuning.preprocessing.files import DataError
 # role and content; perhaps reasoning_content; perhaps weight 0 if the message is not to be learnt
 Message = dict[str, Any]
 
-PLAIN_MARK = "{#- prompt format: plain #}"
-PLAIN_TEMPLATE = (
-    PLAIN_MARK
-    + """
+PLAIN_TEMPLATE = """{#- prompt format: plain #}
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ message.content + '\\n' }}
 {%- elif message.role == 'user' %}{{ 'Instruction: ' + message.content }}
 {%- else %}{{ '\\nOutput: ' + message.content + eos_token }}{% endif %}
 {%- endfor %}
 """
-)
+PLAIN_MARK = PLAIN_TEMPLATE.split("\n")[0]
 PLAIN_ANSWER = "\nOutput: "  # how a plain answer begins
 MERGED_MARK = "{#- merged: as trained #}"  # in the template of a merged checkpoint
 
@@ -45,8 +42,7 @@ MERGED_MARK = "{#- merged: as trained #}"  # in the template of a merged checkpo
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 OPENING, CLOSING = "<think>\n", "\n</think>\n\n"
-# In front of a template that has modes.
-THINKING_SWITCH = {True: "{%- set enable_thinking = true %}", False: "{%- set enable_thinking = false %}"}
+THINKING_SWITCH = {True: "{%- set enable_thinking = true %}", False: "{%- set enable_thinking = false %}"}  # in front
 # After a template without modes that begins every answer with reasoning, such as that of Qwen3-Thinking-2507.
 NO_REASONING = "{%- if add_generation_prompt %}{{- '\\n</think>\\n\\n' }}{%- endif %}"
 
@@ -112,8 +108,8 @@ def opens_reasoning(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 def supports_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's template can ask for reasoning, or for none."""
-    template = tokenizer.chat_template
-    return with_thinking(tokenizer, template, True) != with_thinking(tokenizer, template, False)
+    on, off = (with_thinking(tokenizer, tokenizer.chat_template, thinking) for thinking in (True, False))
+    return on != off
 
 
 def is_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:

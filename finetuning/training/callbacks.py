@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.cli.commands import resume_command
@@ -122,9 +123,13 @@ class NotFiniteGuard(TrainerCallback):
         return self.scaler is not None and self.scaler.get_scale() < SMALLEST_LOSS_SCALE
 
     def find_source(self, last_step: int) -> str:
-        """The step and the rows of the first loss that is not finite; those of the last step if all losses are."""
-        bad = [forward for forward in self.forwards if not forward[2].isfinite()]
-        step = bad[0][0] if bad else last_step
-        numbers = [n for its_step, its_rows, _ in bad[:1] or self.forwards if its_step == step for n in its_rows]
+        """The step and the rows of the first losses that are not finite, or of the last step if all losses are finite.
+
+        The logged value is the mean of all processes, so that each of them comes here, and one has the rows.
+        """
+        bad = gather_object([(step, rows) for step, rows, loss in self.forwards if not loss.isfinite()])
+        last = gather_object([(step, rows) for step, rows, _ in self.forwards if step == last_step])
+        step = min(bad)[0] if bad else last_step
+        numbers = [number for its_step, rows in bad or last if its_step == step for number in rows]
         shown = ", ".join(map(str, sorted(numbers)[:MOST_ROWS])) + (", ..." if len(numbers) > MOST_ROWS else "")
         return f"step {step}" + (f" (rows {shown} of the data file)" if numbers else "")

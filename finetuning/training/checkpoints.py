@@ -28,7 +28,10 @@ from finetuning.adapter.folder import (
     SCRATCH,
     WEIGHTS,
     adapter_state,
+    find_broken_part,
+    find_checkpoints,
     flush_to_disk,
+    step_of_name,
     write_adapter,
 )
 from finetuning.cli.commands import resume_command
@@ -161,38 +164,16 @@ def clear_output_dir(output_dir: str, overwrite: bool, resumed_at: int) -> None:
             Path(output_dir, name).unlink(missing_ok=True)
 
 
-def find_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, the latest step first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(folders, key=step_of_name, reverse=True)
-
-
-def step_of_name(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
-
-
 def saved_step(checkpoint: str | None) -> int:
     """The step after which a complete checkpoint was written, whatever its folder is called; 0 for none."""
-    return (
-        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"] if checkpoint else 0
-    )
+    if not checkpoint:
+        return 0
+    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
 def remove_checkpoints(output_dir: str) -> None:
     for folder in find_checkpoints(output_dir):
         shutil.rmtree(folder)
-
-
-def find_broken_part(folder: Path) -> str | None:
-    """The first file that a checkpoint lacks, or that is not as long as it was; None for a complete checkpoint."""
-    try:
-        sizes = json.loads((folder / INFO).read_text(encoding="utf-8")).get("files", {})  # older ones list none
-    except (OSError, ValueError):
-        return f"{INFO} is missing or broken"
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            return f"{name} is {'broken' if (folder / name).is_file() else 'missing'}"
-    return None
 
 
 def find_resume_checkpoint(

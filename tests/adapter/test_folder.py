@@ -31,6 +31,17 @@ def save_random_lora(model: torch.nn.Module, folder: Path, target_modules: list[
         return model.eval()(input_ids=IDS).logits
 
 
+def test_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last complete checkpoint is named, not the newest folder, which a killed run may have left half written."""
+    for step, complete in ((2, True), (4, True), (6, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}/adapter_info.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        read_adapter(str(tmp_path))
+    assert capsys.readouterr().err.endswith(f"it holds a checkpoint: --adapter_path {tmp_path}/checkpoint-4\n")
+
+
 @pytest.mark.parametrize("change", ["renamed", "one less", "one more"])
 def test_keys_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
     """Trap 55: PEFT warns, and the bare base model answers."""

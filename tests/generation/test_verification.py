@@ -7,6 +7,7 @@ import torch
 
 from finetuning.generation.verification import Comparison
 
+FAR = [9.0] * 40  # how far the base model alone is away, for each token
 # differences of tokens, largest logit, prompts, first tokens, answers, leads where answers part, rows
 GOOD = {
     "equal": ([0.0] * 40, 20, 8, 8, 8, [], 8),
@@ -28,7 +29,7 @@ HANDED_OVER = {
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("numbers", GOOD.values(), ids=GOOD)
 def test_rounding_is_good(numbers: tuple, experts: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    comparison = Comparison(*numbers, experts)
+    comparison = Comparison(*numbers, experts, FAR)
     assert comparison.is_good(torch.float32)
     comparison.print("this")
     assert ("the expected token led by 0.03" in capsys.readouterr().out) == (comparison.answers == 7)
@@ -37,14 +38,23 @@ def test_rounding_is_good(numbers: tuple, experts: bool, capsys: pytest.CaptureF
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("numbers", BAD.values(), ids=BAD)
 def test_more_is_bad(numbers: tuple, experts: bool) -> None:
-    assert not Comparison(*numbers, experts).is_good(torch.float32)
+    assert not Comparison(*numbers, experts, FAR).is_good(torch.float32)
 
 
 @pytest.mark.parametrize("numbers", HANDED_OVER.values(), ids=HANDED_OVER)
 def test_rounding_hands_tokens_over_to_other_experts(numbers: tuple) -> None:
-    assert Comparison(*numbers, True).is_good(torch.float32) and not Comparison(*numbers, False).is_good(torch.float32)
+    assert Comparison(*numbers, True, FAR).is_good(torch.float32) and not Comparison(*numbers, False, FAR).is_good(
+        torch.float32
+    )
 
 
 def test_half_precision_rounds_more() -> None:
-    numbers = ([0.3], 20, 8, 8, 8, [], 8, False)
+    numbers = ([0.3], 20, 8, 8, 8, [], 8, False, FAR)
     assert Comparison(*numbers).is_good(torch.bfloat16) and not Comparison(*numbers).is_good(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_light_adapter_that_is_lost(dtype: torch.dtype) -> None:
+    """What rounding could explain is still as far away as the base model without its adapter."""
+    for difference, good in ((0.01, False), (0.004, False), (0.001, True)):
+        assert Comparison([difference] * 40, 20, 8, 8, 8, [], 8, False, [0.01] * 40).is_good(dtype) == good

@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from filelock import FileLock
+from pyarrow import parquet as pq
 from support import CHATML, IM_END, REPOSITORY, THINKING, make_tokenizer, preprocess
 
 from common import preprocess_function
@@ -235,6 +239,14 @@ def test_two_processes_make_one_entry(path: str, tmp_path: Path) -> None:
     assert sum("tokens read from the cache" in text for text in printed) == 1
 
 
+def test_a_bar_that_is_drawn(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm's `update` returns True each time, as in the minute-long reading of a large file."""
+    rows: list[int] = []
+    bar = SimpleNamespace(update=lambda count: rows.append(count) or True)
+    monkeypatch.setattr(dataset, "progress_bar", lambda *args: nullcontext(bar))
+    assert preprocess(path, tokenizer_for(), 200).summary.rows == 20 == sum(rows)
+
+
 def test_a_batch_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long rows go through the tokenizer a few at a time."""
     sizes: list[int] = []
@@ -288,6 +300,8 @@ def test_counts_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert whole.dataset[0]["input_ids"][:length][-1] == IM_END  # cut right after an earlier stop token
     summary = preprocess(str(path), tokenizer_for(CHATML), length).summary
     assert (summary.kept, summary.truncated, summary.dropped, summary.rows) == (2, 1, 1, 4)
+    path.write_text(json.dumps([{"instruction": "a", "output": "b", "history": [["c", ""]]}]))
+    assert preprocess(str(path), tokenizer_for(CHATML), 1000).summary.empty == 1
 
 
 def test_an_odd_answer_among_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +379,15 @@ def test_a_field_beyond_max_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
     load(str(path), tmp_path, input_field="context")
     with pytest.raises(DataError, match="no row has the field 'contxt'"):
         load(str(path), tmp_path, input_field="contxt")
+    with pytest.raises(DataError, match="no row has the field 'contxt'"):
+        load(str(path), tmp_path, input_field="contxt", max_rows=5)  # which the file does not have
+
+
+def test_a_parquet_column_that_is_null_throughout(tmp_path: Path) -> None:
+    """It is there, as it is in JSON."""
+    columns = {"instruction": ["a", "b"], "output": ["c", "d"], "context": pa.nulls(2, pa.string())}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert load(str(tmp_path / "rows.parquet"), tmp_path, input_field="context")[0].summary.rows == 2
 
 
 def test_the_main_process_hashes_for_all(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

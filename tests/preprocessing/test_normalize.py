@@ -68,6 +68,11 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         SYSTEM("Be kind.") + USER("a") + "b<|im_end|>\n" + USER("c") + "d<|im_end|>",
         ["d<|im_end|>"],
     ),
+    "loss and train": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss": False}, *TURNS[2:]]},
+        "",
+        ["d<|im_end|>"],
+    ),
     "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
     "a label word that is false": (ROW | {"output": "false", "label": "false"}, "", ["false<|im_end|>"]),
     "a yes/no question": (ROW | {"output": "No.", "label": False}, "", ["No.<|im_end|>"]),
@@ -115,6 +120,10 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "half a weight": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": 0.5}]},
+        ["message 2 has the weight 0.5; an answer is learnt, with 1, or not, with 0"],
+    ),
     "label": (ROW | {"label": False}, ["'label' is false", "preference data"]),
     "label of a CSV": (ROW | {"label": "False"}, ["'label' is false", "preference data"]),
     "kto_tag": ({"messages": OPEN_AI, "kto_tag": False}, ["'kto_tag' is false"]),
@@ -200,6 +209,11 @@ FORMATS = {
         b'{"instruction": "a", "output": "b", "output": "c"}\n',
         ["line 1", "two fields have the name 'output'"],
     ),
+    "twice.json": (
+        b'[{"instruction": "a", "instruction": "b", "output": "c"}]',
+        ["row 1", "two fields have the name 'instruction'"],
+    ),
+    "bracket.csv": (b"[a],output\nb,c\n", ["line 2", "has no 'instruction' (its fields: '[a]', 'output')"]),
     "comma.json": (
         b'[{"instruction": "a" "output": "b"}, ' + b'{"instruction": "a", "output": "b"}, ' * 9,
         ["row 1: not valid JSON: Expecting ',' delimiter"],
@@ -208,7 +222,10 @@ FORMATS = {
     "rows.json.xz": (b"\xfd7zXZ\x00...", ["xz", "unxz -k"]),
     "rows.tar.gz": (gzip.compress(b"rows.json".ljust(257, b"\0") + b"ustar\0" + b"00"), ["is a tar file", "tar xf"]),
     "rows.jsonl.zst": (b"(\xb5/\xfd...", ["is damaged or not complete"]),
-    "fields.csv": (b"instruction,output\na,b\na,b,c\n", ["line 3", "has 3 fields, and the header 2"]),
+    "fields.csv": (
+        b"instruction,output\na,b\na,b,c\n",
+        ["line 3", "has 3 fields, and the header 2", "no space before them"],
+    ),
     "quote.csv": (b'instruction,output\na,"b\nc,d\n', ["line 2", "not valid CSV"]),
     "semicolons.csv": (b"instruction;output\na;b\n", ["line 1", "holds one column", "commas"]),
     "twice.csv": (b"instruction,output,output\na,b,c\n", ["two columns have the same name"]),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer
 import common
 import train_lora
 import train_prompt_tuning
+from finetuning.training import callbacks
 from finetuning.training import trainer as trainer_module
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.collators import FlattenCollator
@@ -123,6 +125,17 @@ def test_overflows_end_no_run_while_the_scale_comes_down() -> None:
     with pytest.raises(SystemExit):  # nor a norm without fp16
         args.fp16 = False
         NotFiniteGuard(None).on_log(args, state, None, {"grad_norm": float("inf")})
+
+
+def test_the_rows_of_another_process_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of two processes the second had the bad row, a step before the log; the first one's losses are all finite."""
+    monkeypatch.setattr(callbacks, "gather_object", lambda mine: [*mine, (1, [7])])
+    guard, state = NotFiniteGuard(None), SimpleNamespace(global_step=2)
+    for guard.step in (1, 2):
+        guard.record([guard.step], torch.tensor(1.0))
+    with pytest.raises(SystemExit):
+        guard.on_log(SimpleNamespace(fp16=False, output_dir="out"), state, None, {"loss": float("nan")})
+    assert "step 1 (rows 7 of the data file): loss is nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", ["", "--load_in_4bit True"])
