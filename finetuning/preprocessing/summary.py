@@ -50,14 +50,14 @@ def summarize(rows: Dataset, tokens: Dataset, path: str, sha256: str, drop_reaso
         rows, tokens: with the columns of `dataset.ROWS` and `dataset.TOKENS`.
     """
     table = rows.remove_columns(["location", "row"]).with_format("arrow")[:]
-    numbers = tokens.with_format("numpy")
-    _, first = np.unique(numbers["row_number"][:], return_index=True)  # example of each row that is left
-    truncated = int(numbers["is_truncated"][:][first].sum())
+    counts = tokens.remove_columns(["input_ids", "labels"]).with_format("arrow")[:]
+    _, first = np.unique(counts["row_number"].to_numpy(), return_index=True)  # example of each row that is left
+    truncated = int(counts["is_truncated"].to_numpy()[first].sum())
     ignored = Counter[str]()
     for names in pc.value_counts(table["ignored"]):
         ignored.update(dict.fromkeys(json.loads(names["values"].as_py()), names["counts"].as_py()))
     summary = Summary(path, sha256, len(rows), len(first) - truncated, truncated, len(rows) - len(first), len(tokens))
-    summary.tokens, summary.supervised = (int(numbers[name][:].sum()) for name in ("length", "supervised"))
+    summary.tokens, summary.supervised = (pc.sum(counts[name]).as_py() or 0 for name in ("length", "supervised"))
     summary.reasoning, summary.empty = (pc.sum(table[name]).as_py() for name in ("has_reasoning", "is_empty"))
     if drop_reasoning:
         summary.reasoning, summary.reasoning_left_out = 0, summary.reasoning
