@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/encode.py', 'if text is None or not prompt.startswith(text):', 'if text is None:', 'test_encode'),
     Mutant('finetuning/preprocessing/encode.py', 'if text is None or not prompt.startswith(text):', 'if True:', 'test_encode conversation'),
     Mutant('finetuning/preprocessing/rows.py', '({"weight": 0} if 0 in masks else {})', '({"weight": 0} if message.get("weight") == 0 else {})', 'test_normalize learnt'),
-    Mutant('finetuning/preprocessing/rows.py', '    if any(mask not in (0, 1) for mask in masks):\n', '    if False:\n', 'test_normalize refused'),
+    Mutant('finetuning/preprocessing/rows.py', '        if mask not in (0, 1):\n', '        if False:\n', 'test_normalize refused'),
     Mutant('finetuning/preprocessing/rows.py', 'if max_rows is None or count < max_rows:', 'if max_rows is None:', 'test_dataset max_rows'),
     Mutant('finetuning/preprocessing/rows.py', '[*(answer for _, answer in row.get("history") or ()), row["output"]]', '[row["output"]]', 'test_dataset counts'),
     Mutant('finetuning/preprocessing/readers.py', 'and not OBJECT.match(start):', 'and start[:1] not in (b"[", b"{"):', 'test_normalize formats'),

@@ -287,8 +287,9 @@ def read_message(message: Any, where: str) -> Row:
     elif reasoning:
         raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
     masks = [message[name] for name in MASKS if name in message]
-    if any(mask not in (0, 1) for mask in masks):
-        raise DataError(f"{where} has the weight {masks[0]!r}; an answer is learnt, with 1, or not, with 0")
+    for mask in masks:
+        if mask not in (0, 1):
+            raise DataError(f"{where} has the weight {mask!r}; an answer is learnt, with 1, or not, with 0")
     return {"role": ROLES[role]} | texts | ({"weight": 0} if 0 in masks else {})
 
 
