@@ -155,9 +155,8 @@ def preprocess_function(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
     """The rows to train on, and those to evaluate on, if there are any."""
-    needs_texts = args.run.eval_metrics and args.training.should_save
     try:
-        return load_training_data(args.data, preprocess_function, tokenizer, args.training.seed, needs_texts)
+        return load_training_data(args.data, preprocess_function, tokenizer, args.training.seed)
     except DataError as error:
         fail(str(error))
 
@@ -190,8 +189,9 @@ def train(
     output_dir, scores = args.training.output_dir, ""
     try:
         if args.training.should_save:
+            shown = args.run.eval_metrics, args.run.sample_answers
             divided = shards_weights(args.training)
-            scores = evaluate(model, tokenizer, train_data, eval_data, args.run.sample_answers, args.training, divided)
+            scores = evaluate(model, tokenizer, train_data, eval_data, *shown, args.training, divided)
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)

@@ -96,7 +96,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(ModelArguments(args.model_path), "auto")
     data = DataArguments(data_path=str(folder / "rows.json"), token_cache_dir=str(folder / "cache"), token_cache_gb=100)
     data.preprocessing_num_workers = args.threads
-    return measure(lambda: load_training_data(data, preprocess_function, tokenizer, 42, False))
+    return measure(lambda: load_training_data(data, preprocess_function, tokenizer, 42))
 
 
 def main() -> None:

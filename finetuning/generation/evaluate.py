@@ -106,6 +106,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     train_data: Data,
     eval_data: Data | None,
+    eval_metrics: bool,
     sample_answers: int,
     training_args: TrainingArguments,
     divided: bool,
@@ -113,13 +114,14 @@ def evaluate(
     """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
 
     Args:
-        sample_answers: how many are shown.
+        eval_metrics: whether the evaluation rows are answered.
+        sample_answers: how many answers are shown.
         divided: whether this process has only a part of the base weights, and so cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
     """
-    rows, path = eval_data.rows if eval_data else None, (eval_data or train_data).summary.path
+    rows, path = eval_data.read_rows() if eval_data and eval_metrics else None, (eval_data or train_data).summary.path
     if not rows and not sample_answers:
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
@@ -145,7 +147,7 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     """Print rows with the right answer, the base model's and the adapter's, the beginnings of long ones.
 
     Args:
-        dataset: with the columns of `dataset.TOKENS`.
+        dataset: with the columns of `dataset.EXAMPLE`.
         count: of rows, evenly spaced.
     """
     examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]

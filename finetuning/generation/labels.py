@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from finetuning.cli.console import fail, warn
-from finetuning.preprocessing.rows import NO_TASK, Row, task_of
-from finetuning.preprocessing.summary import Summary, as_label
+from finetuning.preprocessing.rows import NO_TASK, Row, as_label, task_of
+from finetuning.preprocessing.summary import Summary
 
 # Answers are label words if there are few of them, they are short, and each comes often.
 MOST_LABELS = 200  # of a task that `--labels auto` knows

@@ -7,12 +7,12 @@ An answer may begin with reasoning, <think>...</think>, or have it beside it as 
 change the meaning of a row if it were left out, such as a rejected answer or an image, is refused.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import chain, islice
-from types import NoneType
 from typing import Any
 
 from finetuning.cli.console import say, warn
@@ -23,13 +23,14 @@ Row = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES |= {"gpt": "assistant"}
+ROLE = {"role", "from"}  # the fields that hold it
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
-FIELDS = ("instruction", "input", "output", "reasoning_content", "system", "history", "task")
-FIELDS += ("messages", "conversations")
 JSON_FIELDS = ("messages", "conversations", "history")  # may be JSON text, as in a table
 ABSENT_IF_EMPTY = (*JSON_FIELDS, "system", "reasoning_content", "task")  # a table has no other way to leave them out
+FIELDS = ("instruction", "input", "output", *ABSENT_IF_EMPTY)
 MASKS = ("weight", "loss", "train")  # of OpenAI, ms-swift and Axolotl: 0 or false leaves a message out of the loss
 NO_TASK = "rows"  # the task of rows that name none
+LONGEST_LABEL = 40  # characters
 
 # Fields that are refused if they hold something, and why.
 PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
@@ -52,12 +53,7 @@ OTHER_NAMES = {
 }
 # The end of reasoning whose beginning is missing. Without a line break after it, an answer merely mentions the tag.
 UNOPENED = re.compile(r"</think>[ \t]*\n")
-
-
-def print_ignored(path: str, counts: dict[str, int]) -> None:
-    """Print how many rows have each of the fields that mean nothing here."""
-    if counts:
-        say(f"{path}: ignored fields: {', '.join(f'{name} ({count:,} rows)' for name, count in counts.items())}")
+JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 def read_rows(
@@ -108,8 +104,7 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
 
     Returns:
         The row with all its other fields, and their names: they are ignored. `input` is always a str; roles are system,
-        user and assistant; a message may have `weight` 0, and is then not learnt. There is a `reasoning_content` only
-        if there is reasoning.
+        user and assistant; a message may have `weight` 0, and is then not learnt.
 
     Raises:
         DataError: for a row that cannot be used.
@@ -127,10 +122,6 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
             except ValueError as error:
                 raise DataError(f"'{name}' is text, and not valid JSON: {error}") from None
     refuse_other_meanings(row, "")
-    for name in JUDGEMENTS:
-        is_false = name in row and str(row[name]).lower() == "false"  # in a CSV it is text
-        if is_false and str(row.get("output")).strip(" \n.!。！").lower() not in NO:
-            raise DataError(f"'{name}' is false: the row {PREFERENCE}; if it says something else, rename '{name}'")
     for field in ("messages", "conversations"):
         if field in row:
             beside = [name for name in FIELDS if name not in (field, "system", "task") and row.get(name)]
@@ -166,6 +157,12 @@ def refuse_other_meanings(fields: Row, where: str) -> None:
         value = fields.get(field)
         if value and not (isinstance(value, str) and value.strip() in NOTHING):
             raise DataError(f"{where}'{field}': {reason}")
+    for name in JUDGEMENTS:
+        is_false = name in fields and str(fields[name]).lower() == "false"  # in a CSV it is text
+        if is_false and str(fields.get("output")).strip(" \n.!。！").lower() not in NO:
+            raise DataError(
+                f"{where}'{name}' is false: the row {PREFERENCE}; if it says something else, rename '{name}'"
+            )
 
 
 def check_names(row: Row, raw: Row, output_required: bool) -> None:
@@ -175,7 +172,11 @@ def check_names(row: Row, raw: Row, output_required: bool) -> None:
         return
     if missing[0] in raw:
         raise DataError(f"'{missing[0]}' is null; write the text, or remove the row")
-    chat, flags = [name for name, value in row.items() if is_conversation(value)], suggest_flags(row)
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    chat = [
+        name for name, turns in lists.items() if all(isinstance(turn, dict) and ROLE & turn.keys() for turn in turns)
+    ]
+    flags = suggest_flags(row)
     if chat:
         remedy = f"add --messages_field {shlex.quote(chat[0])}"
     elif all(f"--{name}_field" in flags for name in missing):
@@ -197,11 +198,6 @@ def suggest_flags(row: Row) -> str:
     return " ".join(flags)
 
 
-def is_conversation(value: Any) -> bool:
-    messages = value if isinstance(value, list) else []
-    return bool(messages) and all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in messages)
-
-
 def list_names(names: Iterable[str]) -> str:
     """Field names for a message, on one line that is not too long."""
     text = ", ".join(map(repr, names)) or "none"
@@ -211,11 +207,10 @@ def list_names(names: Iterable[str]) -> str:
 def check_history(history: Any) -> None:
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise DataError("'history' must be a list of [question, answer] pairs")
-    for question, answer in history:
-        check_text(question, "'history'")
-        check_text(answer, "'history'")
-        if "reasoning_content" in separate_reasoning("history", answer, None):
-            raise DataError("'history' has reasoning (<think>); write the conversation as 'messages'")
+    for text in chain.from_iterable(history):
+        check_text(text, "'history'")
+    if any("reasoning_content" in separate_reasoning("history", answer, None) for _, answer in history):
+        raise DataError("'history' has reasoning (<think>); write the conversation as 'messages'")
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -238,10 +233,10 @@ def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") ->
     if begins and "</think>" not in answer or unopened and "<think>" not in answer[: unopened.start()]:
         raise DataError(f"{where}'{field}': reasoning stands before the answer, from <think> to </think>")
     check_text(beside or "", f"{where}'reasoning_content'")
-    if reasoning and (beside or "").strip():
+    beside = (beside or "").strip()
+    if reasoning and beside:
         raise DataError(f"{where}has reasoning in '{field}' and more in 'reasoning_content'; remove one of them")
-    reasoning = reasoning or (beside or "").strip()
-    return {field: rest} | ({"reasoning_content": reasoning} if reasoning else {})
+    return {field: rest} | ({"reasoning_content": reasoning or beside} if reasoning or beside else {})
 
 
 def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[Row]:
@@ -256,7 +251,7 @@ def read_messages(messages: Any, field: str, system: Any, output_required: bool)
     if "system" in roles[1:]:
         raise DataError("a system message may only come first, and only once")
     turns = roles[roles[0] == "system" :]
-    if turns[::2] != ["user"] * len(turns[::2]) or turns[1::2] != ["assistant"] * len(turns[1::2]) or not turns:
+    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
         raise DataError(f"user and assistant must take turns, user first (found: {', '.join(roles)})")
     if output_required and roles[-1] != "assistant":
         raise DataError("does not end with an assistant message; training needs the answer")
@@ -295,9 +290,10 @@ def read_message(message: Any, where: str) -> Row:
 
 def check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        remedies = {NoneType: "write it, or remove the row"}
-        remedies |= dict.fromkeys((list, dict), "a row holds one text for each field, not a column")
-        raise DataError(f"{where} is {describe(value)}, not text; {remedies.get(type(value), 'put it in quotes')}")
+        remedy = "write it, or remove the row" if value is None else "put it in quotes"
+        if isinstance(value, list | dict):
+            remedy = "a row holds one text for each field, not a column"
+        raise DataError(f"{where} is {describe(value)}, not text; {remedy}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -309,7 +305,7 @@ def describe(value: Any) -> str:
     """A short name of a JSON value for a message."""
     if isinstance(value, int | float):
         return f"the {'boolean' if isinstance(value, bool) else 'number'} {str(value).lower()}"
-    names = {NoneType: "null", list: "a list", dict: "an object", str: "text"}
+    names = {type(None): "null", list: "a list", dict: "an object", str: "text"}
     return names.get(type(value), f"of the type {type(value).__name__}")  # a date of a Parquet file, for example
 
 
@@ -326,16 +322,35 @@ def expected_answer(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
-def learnt_answers(row: Row) -> list[str]:
-    if "messages" not in row:
-        return [*(answer for _, answer in row.get("history") or ()), row["output"]]
-    return [each["content"] for each in row["messages"] if each["role"] == "assistant" and each.get("weight") != 0]
+def as_label(answer: str | None) -> str | None:
+    """An answer that may be a label word; None for one that is empty, long or has several lines."""
+    return answer if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
 
 
-def has_reasoning(row: Row) -> bool:
-    return any("reasoning_content" in part for part in (row, *row.get("messages", ())))
+def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool) -> dict[str, Any]:
+    """A row as JSON text and what the summary counts: columns of `dataset.TABLE`, and where the row stands."""
+    parts = [row, *row.get("messages", ())]
+    answers = [part["content"] for part in parts[1:] if part["role"] == "assistant" and part.get("weight") != 0]
+    answers += [row["output"], *(answer for _, answer in row.get("history") or ())] if "output" in row else []
+    counts = {"has_reasoning": any("reasoning_content" in part for part in parts)}
+    counts |= {"is_empty": not all(map(str.strip, answers)), "task": task_of(row)}
+    if drop_reasoning:
+        row = without_reasoning(row)
+    counts |= {"label": as_label(expected_answer(row)), "ignored": as_json(ignored)}
+    return {"location": location, "row": as_json(row)} | counts
 
 
 def without_reasoning(row: Row) -> Row:
     row = {name: value for name, value in row.items() if name != "reasoning_content"}
     return row | ({"messages": [without_reasoning(each) for each in row["messages"]]} if "messages" in row else {})
+
+
+def as_json(value: Any) -> str:
+    """JSON in valid UTF-8: an ignored field may hold half of a surrogate pair, for which its escape \\ud800 stands."""
+    return JSON.encode(value).encode("utf-8", "backslashreplace").decode()
+
+
+def print_ignored(path: str, counts: dict[str, int]) -> None:
+    """Print how many rows have each of the fields that mean nothing here."""
+    if counts:
+        say(f"{path}: ignored fields: {', '.join(f'{name} ({count:,} rows)' for name, count in counts.items())}")

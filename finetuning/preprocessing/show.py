@@ -62,7 +62,7 @@ def shorten(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def print_rows(dataset: Dataset, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print the first examples of `dataset.TOKENS` as the model gets them."""
+    """Print the first examples of `dataset.EXAMPLE` as the model gets them."""
     for example in dataset.select(range(min(count, len(dataset)))):
         counts = f"{example['length']:,} tokens, {example['supervised']:,} of them supervised"
         cut = ", truncated" if example["is_truncated"] else ""

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -16,7 +15,6 @@ from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.rows import print_ignored
 from finetuning.preprocessing.templates import supports_thinking_switch
 
-LONGEST_LABEL = 40  # characters
 MOST_ANSWERS = 10_000  # different answers of a task that are counted; more of them are texts
 
 
@@ -43,37 +41,30 @@ class Summary:
         return 2 * self.reasoning > self.rows
 
 
-def summarize(rows: Dataset, tokens: Dataset, path: str, sha256: str, drop_reasoning: bool) -> Summary:
-    """Count rows and tokens.
-
-    Args:
-        rows, tokens: with the columns of `dataset.ROWS` and `dataset.TOKENS`.
-    """
-    table = rows.remove_columns(["location", "row"]).with_format("arrow")[:]
-    counts = tokens.remove_columns(["input_ids", "labels"]).with_format("arrow")[:]
-    _, first = np.unique(counts["row_number"].to_numpy(), return_index=True)  # example of each row that is left
-    truncated = int(counts["is_truncated"].to_numpy()[first].sum())
-    ignored = Counter[str]()
-    for names in pc.value_counts(table["ignored"]):
-        ignored.update(dict.fromkeys(json.loads(names["values"].as_py()), names["counts"].as_py()))
-    summary = Summary(path, sha256, len(rows), len(first) - truncated, truncated, len(rows) - len(first), len(tokens))
-    summary.tokens, summary.supervised = (pc.sum(counts[name]).as_py() or 0 for name in ("length", "supervised"))
-    summary.reasoning, summary.empty = (pc.sum(table[name]).as_py() for name in ("has_reasoning", "is_empty"))
+def summarize(examples: Dataset, path: str, sha256: str, drop_reasoning: bool) -> Summary:
+    """Count rows and tokens of examples with the columns of `dataset.TABLE`."""
+    table = examples.remove_columns(["input_ids", "labels", "row"]).with_format("arrow")[:]
+    is_left = pc.greater(table["length"], 0)
+    rows = table.filter(pc.is_valid(table["task"]))  # the first example of each
+    left = rows.filter(pc.greater(rows["length"], 0))
+    truncated = pc.sum(left["is_truncated"]).as_py() or 0
+    summary = Summary(path, sha256, len(rows), len(left) - truncated, truncated, len(rows) - len(left))
+    summary.examples, summary.tokens, summary.supervised, summary.reasoning, summary.empty = (
+        pc.sum(column).as_py()
+        for column in (is_left, table["length"], table["supervised"], rows["has_reasoning"], rows["is_empty"])
+    )
     if drop_reasoning:
         summary.reasoning, summary.reasoning_left_out = 0, summary.reasoning
+    ignored = Counter[str]()
+    for names in pc.value_counts(rows["ignored"]):
+        ignored.update(dict.fromkeys(json.loads(names["values"].as_py()), names["counts"].as_py()))
     summary.ignored = dict(ignored)
-    table = table.append_column("number", pa.array(np.arange(1, len(rows) + 1)))
-    groups = table.group_by(["task", "label"], use_threads=False).aggregate([([], "count_all"), ("number", "min")])
+    groups = rows.group_by(["task", "label"], use_threads=False).aggregate([([], "count_all"), ("row_number", "min")])
     groups = groups.rename_columns(["task", "label", "count", "first"])
     sizes = groups.group_by("task").aggregate([("label", "count")])
     few = sizes.filter(pc.is_in(sizes["label_count"], pa.array(range(2, MOST_ANSWERS), pa.int64())))["task"]
     summary.answers = groups.filter(pc.is_in(groups["task"], few)).to_pylist()
     return summary
-
-
-def as_label(answer: str | None) -> str | None:
-    """An answer that may be a label word; None for one that is empty, long or has several lines."""
-    return answer if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
 
 
 def print_summary(summary: Summary, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,10 +81,8 @@ def print_summary(summary: Summary, max_length: int, tokenizer: PreTrainedTokeni
         use = use if summary.reasoning else "left out"
         say(f"{path}: {reasoning:,} rows have reasoning before their answer: {use}")
     more = f" ({summary.examples:,} examples)" if summary.examples > summary.rows else ""
-    counts = (
-        f": {summary.kept:,} kept, {summary.truncated:,} truncated at {max_length} tokens, {summary.dropped:,} dropped"
-    )
-    counts += " (nothing of their answers was left)" if summary.dropped else ""
+    counts = f": {summary.kept:,} kept, {summary.truncated:,} truncated at {max_length} tokens, "
+    counts += f"{summary.dropped:,} dropped" + " (nothing of their answers was left)" * bool(summary.dropped)
     fact("rows", f"{path}: {summary.rows:,} rows{more}{', all kept' if summary.kept == summary.rows else counts}")
     if not summary.examples:
         raise DataError(f"{path}: no row is left; raise --max_length (now {max_length})")

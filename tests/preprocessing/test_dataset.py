@@ -130,13 +130,13 @@ def test_the_cache_has_a_size_limit(path: str, tmp_path: Path, cache: Any) -> No
     (oldest,) = entries(tmp_path)
     size = sum(file.stat().st_size for file in oldest.rglob("*"))
     unused()
-    os.utime(oldest / "complete", (1, 1))
+    os.utime(oldest / "examples.arrow", (1, 1))
     data = cache(path, 199, token_cache_gb=2.5 * size / 1e9)
     assert oldest in entries(tmp_path) and len(entries(tmp_path)) == 2
     cache(path)  # is used again
     unused()
     (other,) = set(entries(tmp_path)) - {oldest}
-    os.utime(other / "complete", (2, 2))
+    os.utime(other / "examples.arrow", (2, 2))
     cache(path, 198, token_cache_gb=2.5 * size / 1e9)
     assert oldest in entries(tmp_path) and other not in entries(tmp_path)
     unused()
@@ -163,8 +163,8 @@ def test_an_entry_in_use_is_not_removed(path: str, tmp_path: Path, cache: Any) -
 def test_an_entry_that_a_killed_run_left_is_made_again(path: str, tmp_path: Path, cache: Any, capsys: Any) -> None:
     first = cache(path).dataset.to_list()
     (entry,) = entries(tmp_path)
-    (entry / "complete").unlink()
-    (entry / "tokens.arrow").write_bytes(b"half")
+    (entry / "examples.arrow").rename(entry / "part")
+    (entry / "part").write_bytes(b"half")
     capsys.readouterr()
     assert cache(path).dataset.to_list() == first and "from the cache" not in capsys.readouterr().out
 
@@ -275,7 +275,7 @@ def test_a_full_disk(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, ca
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset, "write_tables", write)
+    monkeypatch.setattr(dataset, "write_table", write)
     with pytest.raises(SystemExit) as stop:
         cache(path)
     assert stop.value.code == 1 and not entries(tmp_path)
@@ -323,19 +323,22 @@ def test_an_odd_answer_among_many(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def load(path: str, tmp_path: Path, **options: Any) -> tuple[dataset.Data, dataset.Data | None]:
     args = DataArguments(data_path=path, token_cache_dir=str(tmp_path / "cache"), **options)
-    return load_training_data(args, preprocess_function, tokenizer_for(), 1, True)
+    return load_training_data(args, preprocess_function, tokenizer_for(), 1)
 
 
 def test_held_out_rows() -> None:
     """All examples of a row go together, each seed has its own share, and nothing is in both."""
-    tokens = Dataset.from_dict({"row_number": [number for number in range(1, 101) for _ in range(1 + number % 3)]})
-    rest, held_out, numbers = split_rows(tokens, 100, 0.2, 0)
-    assert set(held_out["row_number"]) == set(numbers) and len(numbers) == 20 and list(numbers) == sorted(numbers)
-    assert not set(rest["row_number"]) & set(numbers) and len(rest) + len(held_out) == len(tokens)
-    assert set(split_rows(tokens, 100, 0.2, 0)[2]) == set(numbers) != set(split_rows(tokens, 100, 0.2, 1)[2])
-    assert len(split_rows(tokens, 100, 0.001, 0)[2]) == 1 and len(split_rows(tokens, 100, 0.999, 0)[2]) == 99
+    table = Dataset.from_dict({"row_number": [number for number in range(1, 101) for _ in range(1 + number % 3)]})
+    rest, held_out = split_rows(table, 0.2, 0)
+    numbers = list(held_out["row_number"])
+    assert len(set(numbers)) == 20 and numbers == sorted(numbers)
+    assert not set(rest["row_number"]) & set(numbers) and len(rest) + len(held_out) == len(table)
+    again, other = (list(split_rows(table, 0.2, seed)[1]["row_number"]) for seed in (0, 1))
+    assert again == numbers != other
+    for share, count in ((0.001, 1), (0.999, 99)):
+        assert len(set(split_rows(table, share, 0)[1]["row_number"])) == count
     with pytest.raises(DataError, match="there is only one row"):
-        split_rows(tokens, 1, 0.5, 0)
+        split_rows(table.select([0]), 0.5, 0)
 
 
 @pytest.mark.parametrize("size", [0, 8 * 2**20], ids=["large", "small"])
@@ -343,9 +346,11 @@ def test_texts_of_held_out_rows(path: str, tmp_path: Path, monkeypatch: pytest.M
     """They belong to the tokens, and to the answers that are compared."""
     monkeypatch.setattr(dataset, "SMALL", size)
     train, evaluation = load(path, tmp_path, eval_split=0.3, max_length=4000)
-    assert len(evaluation.rows) == 6 and not set(train.dataset["row_number"]) & set(evaluation.dataset["row_number"])
+    assert len(evaluation.read_rows()) == 6 and not set(train.dataset["row_number"]) & set(
+        evaluation.dataset["row_number"]
+    )
     texts = {text.decode() for text in map(bytes, supervised(evaluation.dataset))}
-    assert texts <= {(row.get("output") or "") for row in evaluation.rows} | set("bd")
+    assert texts <= {(row.get("output") or "") for row in evaluation.read_rows()} | set("bd")
 
 
 def supervised(examples: Dataset) -> list[list[int]]:
@@ -362,11 +367,11 @@ def test_eval_split_reads_rows_once(tmp_path: Path) -> None:
     names = {"instruction_field": "question", "output_field": "answer", "input_field": "context"}
     for share in (0.02, 0.1):
         train, evaluation = load(str(path), tmp_path, eval_split=share, **names)
-        assert train.summary.rows == 100 and len(evaluation.rows) == round(100 * share)
+        assert train.summary.rows == 100 and len(evaluation.read_rows()) == round(100 * share)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]) + "{broken\n")
     del names["input_field"]
     train, evaluation = load(str(path), tmp_path, eval_split=0.1, max_rows=20, **names)
-    assert len(train.dataset) == 18 and len(evaluation.rows) == 2
+    assert len(train.dataset) == 18 and len(evaluation.read_rows()) == 2
     with pytest.raises(DataError, match="line 21"):
         load(str(path), tmp_path, **names)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from support import ENDOFTEXT, make_tokenizer, preprocess_row
 
-from finetuning.preprocessing.dataset import TOKENS
+from finetuning.preprocessing.dataset import EXAMPLE
 from finetuning.preprocessing.encode import IGNORE_INDEX, tokenize
 from finetuning.preprocessing.show import MOST_SHOWN, list_tokens, mark_answers, print_rows
 from finetuning.preprocessing.templates import set_prompt_format
@@ -26,7 +26,7 @@ def show(row: dict[str, str], max_length: int = 1000) -> None:
     supervised = sum(label != IGNORE_INDEX for label in ids["labels"])
     counts = {"length": len(ids["input_ids"]), "row_number": 7, "supervised": supervised}
     columns = ids | counts | {"is_truncated": max_length < 1000}
-    assert columns.keys() == TOKENS.keys()
+    assert columns.keys() == EXAMPLE.keys()
     print_rows(Dataset.from_list([columns]), 5, tokenizer)
 
 
