@@ -21,7 +21,13 @@ from transformers import (
     set_seed,
 )
 
-from finetuning.adapter.base_model import (
+from finetuning.cli.arguments import ModelArguments
+from finetuning.cli.commands import inference_command
+from finetuning.cli.memory import memory_advice
+from finetuning.distributed import shards_weights
+from finetuning.generation.evaluate import evaluate
+from finetuning.generation.labels import labels_of_tasks, warn_about_labels
+from finetuning.model.base_model import (
     check_loaded_weights,
     check_model_path,
     explain_loading_error,
@@ -29,14 +35,9 @@ from finetuning.adapter.base_model import (
     loading_report,
     quantization_options,
 )
-from finetuning.adapter.fingerprint import quantization
-from finetuning.adapter.folder import adapter_state, choose_thinking, describe_adapter, save_adapter
-from finetuning.adapter.hub import create_repository, upload
-from finetuning.cli.arguments import ModelArguments
-from finetuning.cli.commands import inference_command
-from finetuning.cli.memory import memory_advice
-from finetuning.generation.evaluate import evaluate
-from finetuning.generation.labels import labels_of_tasks, warn_about_labels
+from finetuning.model.fingerprint import quantization
+from finetuning.model.folder import adapter_state, choose_thinking, describe_adapter, save_adapter
+from finetuning.model.hub import create_repository, upload
 from finetuning.preprocessing.dataset import Data, load_training_data
 from finetuning.preprocessing.encode import encode, pad_token_id, to_messages
 from finetuning.preprocessing.files import DataError
@@ -52,7 +53,6 @@ from finetuning.training.checkpoints import (
 )
 from finetuning.training.dry_run import print_plan
 from finetuning.training.flags import Arguments
-from finetuning.training.processes import shards_weights
 from finetuning.training.progress import ProgressLog
 from finetuning.training.report import describe_run, print_first_row, print_run, write_report
 from finetuning.training.trainer import make_trainer, prepare_adapter

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
+from finetuning.distributed import shards_weights
 from finetuning.preprocessing.show import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
-from finetuning.training.processes import shards_weights
 
 
 @dataclass

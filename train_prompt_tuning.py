@@ -16,13 +16,12 @@ from peft import PromptTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
-from finetuning.adapter.sharding import whole
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
+from finetuning.distributed import shards_weights, whole
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.show import print_rows
 from finetuning.training.flags import memory_flags, parse_arguments
-from finetuning.training.processes import shards_weights
 
 
 @dataclass

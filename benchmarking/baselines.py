@@ -4,7 +4,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.model.soft_prompts import SoftPromptModel
 
 
 def make_stock_trainer(

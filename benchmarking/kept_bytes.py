@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # as documented; the m
 from transformers import AutoModelForCausalLM
 
 from benchmarking.shapes import SHAPES, make_config
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import ScriptParser, flag
 from finetuning.cli.console import say
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator
 from finetuning.training.losses import ChunkedLoss

@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from common import load_data, preprocess_function
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli import console
 from finetuning.generation import evaluate
 from finetuning.generation.generate import make_generation_config
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.dataset import Data
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.preprocessing.files import DataError, find_files

@@ -21,10 +21,10 @@ from support import CHATML, IM_END, REPOSITORY, THINKERS, Force, Run, make_model
 import inference
 import train_lora
 from common import load_model
-from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints
-from finetuning.adapter.folder import load_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
+from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints
+from finetuning.model.folder import load_adapter
 
 
 def train(monkeypatch: pytest.MonkeyPatch, model_path: str, rows_path: str, out: Path, *flags: object) -> str:

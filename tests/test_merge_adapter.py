@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import inference
 import merge_adapter
 from common import load_model
-from finetuning.adapter import checkpoint_copy, hub
-from finetuning.adapter.folder import describe_adapter
-from finetuning.adapter.merging import soft_prompt_changes
-from finetuning.adapter.served_template import soft_tokens
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import ModelArguments
-from finetuning.generation import verification
 from finetuning.generation.generate import encode_question
+from finetuning.merging import checkpoint_copy, verification
+from finetuning.merging.merge import soft_prompt_changes
+from finetuning.merging.served_template import soft_tokens
+from finetuning.model import hub
+from finetuning.model.folder import describe_adapter
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import is_thinking, prompt_format, set_prompt_format, set_thinking
 
@@ -410,7 +410,7 @@ def test_a_result_that_answers_otherwise(merge: Run, tmp_path: Path, monkeypatch
 
     def breaks(name: str, replacement: Any, *flags: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(f"finetuning.adapter.merging.{name}", replacement)
+            patch.setattr(f"finetuning.merging.merge.{name}", replacement)
             message = merge(*flags, expected=1)
         assert f"keeps the name {tmp_path / 'merged.unverified'}" in message and not (tmp_path / "merged").exists()
         assert "is in the way" in merge(expected=2)

@@ -19,9 +19,9 @@ import train_lora
 import train_prompt_tuning
 from benchmarking.flags import BenchmarkArguments
 from finetuning.cli.arguments import ModelArguments
-from finetuning.generation.flags import InferenceArguments
 from finetuning.preprocessing.flags import DataArguments
 from finetuning.training.flags import RunArguments
+from inference import InferenceArguments
 
 SCRIPTS = {
     train_lora: (ModelArguments, DataArguments, RunArguments, train_lora.LoraArguments, TrainingArguments),
@@ -138,7 +138,7 @@ def test_while_answering(
 
 
 def test_while_loading_the_adapter(run_main: Run, adapter_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetuning.adapter.folder.PeftModelForCausalLM.load_adapter", run_out)
+    monkeypatch.setattr("finetuning.model.folder.PeftModelForCausalLM.load_adapter", run_out)
     message = run_main(inference, "--adapter_path", adapter_path, expected=1)
     assert message.startswith("error: out of memory while loading the adapter: ")
     assert advice(message, inference) == [IN_4BIT]

@@ -33,10 +33,10 @@ import inference
 import train_lora
 import train_prompt_tuning
 from common import load_model, load_tokenizer, training_dtype
-from finetuning.adapter import hub
-from finetuning.adapter.folder import adapter_state, save_adapter
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
+from finetuning.model import hub
+from finetuning.model.folder import adapter_state, save_adapter
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -617,6 +617,6 @@ def test_saved_file_is_checked(run: Run, flags: list[str], tmp_path: Path, monke
     def corrupt(path: Path) -> dict[str, torch.Tensor]:
         return {name: tensor + 1 for name, tensor in adapter_weights(path.parent).items()}
 
-    monkeypatch.setattr("finetuning.adapter.folder.load_file", corrupt)
+    monkeypatch.setattr("finetuning.model.folder.load_file", corrupt)
     assert "read back" in run(*flags, expected=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-6"]

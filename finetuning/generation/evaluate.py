@@ -9,7 +9,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from finetuning.adapter.folder import METRICS
 from finetuning.cli.commands import inference_command
 from finetuning.cli.console import fail, green, progress_bar, say, warn
 from finetuning.cli.memory import memory_advice
@@ -25,6 +24,7 @@ from finetuning.generation.label_scoring import classify_in_batches
 from finetuning.generation.labels import labels_of_tasks
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.model.folder import METRICS
 from finetuning.preprocessing.dataset import Data
 from finetuning.preprocessing.encode import stop_token_ids
 from finetuning.preprocessing.files import DataError, find_files

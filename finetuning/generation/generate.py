@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import dim, fail
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import encode, pad_token_id, stop_token_ids, to_messages
 from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.rows import Row, expected_answer, split_reasoning

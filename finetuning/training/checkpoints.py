@@ -17,8 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from finetuning.adapter.fingerprint import compare_fingerprints
-from finetuning.adapter.folder import (
+from finetuning.cli.commands import resume_command
+from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
+from finetuning.distributed import engine_asked_for
+from finetuning.model.fingerprint import compare_fingerprints
+from finetuning.model.folder import (
     CONFIG,
     CONFUSION,
     CURVE,
@@ -34,10 +37,7 @@ from finetuning.adapter.folder import (
     step_of_name,
     write_adapter,
 )
-from finetuning.cli.commands import resume_command
-from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.training.flags import Arguments
-from finetuning.training.processes import engine_asked_for
 
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-from finetuning.adapter.soft_prompts import VIRTUAL_TOKEN
+from finetuning.distributed import BLANK_ROW
+from finetuning.model.soft_prompts import VIRTUAL_TOKEN
 from finetuning.preprocessing.encode import IGNORE_INDEX
 
 # Families in which every layer is full attention, so that nothing passes from row to row unless the mask allows it.
@@ -21,7 +22,6 @@ from finetuning.preprocessing.encode import IGNORE_INDEX
 FULL_ATTENTION_FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Nothing to learn: for the last batch of an epoch, if there are fewer rows than processes.
-BLANK_ROW = {"input_ids": [0], "attention_mask": [1], "labels": [IGNORE_INDEX]}
 
 
 def can_flatten(config: PreTrainedConfig) -> bool:

@@ -18,7 +18,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from finetuning.adapter.fingerprint import quantization
 from finetuning.cli.console import describe_duration, say
 from finetuning.cli.memory import (
     GIB,
@@ -31,6 +30,7 @@ from finetuning.cli.memory import (
     total_memory,
     used_memory,
 )
+from finetuning.model.fingerprint import quantization
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments, memory_flags

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fact, fail, say
+from finetuning.distributed import check_engine, count_processes, engine_asked_for, say_how_many
 from finetuning.preprocessing.flags import DataArguments
-from finetuning.training.processes import check_engine, count_processes, engine_asked_for, say_how_many
 from finetuning.training.trackers import check_trackers, reach_trackers
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).

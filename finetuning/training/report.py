@@ -17,15 +17,15 @@ from datasets import Dataset
 from peft import PeftType
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from finetuning.adapter.folder import CARD, CURVE, INFO, METRICS, REPORT
-from finetuning.adapter.model_card import make_model_card
 from finetuning.cli.console import attempt, describe_duration, fact, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
+from finetuning.model.folder import CARD, CURVE, INFO, METRICS, REPORT
 from finetuning.preprocessing.show import mark_answers
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments
+from finetuning.training.model_card import make_model_card
 
 BLUE, ORANGE, GREY = "#1f6feb", "#d1570a", "#6e7781"  # in the picture
 FEW = 40  # points; each gets a dot of its own

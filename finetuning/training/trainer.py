@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.console import fact, fail, say
+from finetuning.distributed import adjust_fsdp, fill_up, share_rows_once
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
 from finetuning.training.losses import ChunkedLoss
-from finetuning.training.processes import adjust_fsdp, fill_up, share_rows_once
 from finetuning.training.trackers import start_swanlab
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from finetuning.generation import confusion_matrix
+from finetuning.generation import metrics
 from finetuning.generation.metrics import format_scores, format_table, report, score
 
 ENGLISH = (
@@ -118,14 +118,14 @@ def test_picture_of_the_confusion(
             return super().plot(**more)
 
     monkeypatch.setattr("sklearn.metrics.ConfusionMatrixDisplay", Display)
-    monkeypatch.setattr(confusion_matrix, "find_chinese_font", lambda: "DejaVu Sans" if font else None)
+    monkeypatch.setattr(metrics, "find_chinese_font", lambda: "DejaVu Sans" if font else None)
     with warnings.catch_warnings(action="ignore"):  # the font stands for one that has the characters
-        confusion_matrix.draw_confusion(LABELS, tmp_path / "confusion.png")
+        metrics.draw_confusion(LABELS, tmp_path / "confusion.png")
     names = (["x", "y"], ["好", "坏"]) if font else (["1", "2"], ["1", "2"])
     assert shown == [([[3, 0, 0], [1, 2, 4], [0, 0, 0]], [*names[0], "(other)"]), ([[3, 0], [1, 2]], names[1])]
     assert Image.open(tmp_path / "confusion.png").width > 200
     assert ("fonts-noto-cjk" in capsys.readouterr().err) != font
-    confusion_matrix.draw_confusion({"c": {"bleu": 1.0}}, tmp_path / "none.png")
+    metrics.draw_confusion({"c": {"bleu": 1.0}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

@@ -22,10 +22,10 @@ from transformers import TrainerCallback, TrainingArguments
 import inference
 import train_lora
 import train_prompt_tuning
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import generate, make_generation_config
 from finetuning.generation.label_scoring import score_labels
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import pad_token_id
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.training.attention import attention, choose_attention, torch_has_varlen

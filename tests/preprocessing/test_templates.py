@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support import CHATML, IM_END, THINKERS, THINKING, make_tokenizer, preprocess, preprocess_row
 
-from finetuning.adapter.folder import choose_thinking
 from finetuning.generation.generate import parse_generated, without_answer
+from finetuning.model.folder import choose_thinking
 from finetuning.preprocessing.encode import IGNORE_INDEX, encode
 from finetuning.preprocessing.rows import split_reasoning
 from finetuning.preprocessing.summary import Summary

@@ -14,8 +14,8 @@ from transformers.integrations import liger
 
 import common
 import train_lora
-from finetuning.adapter import folder
 from finetuning.cli.arguments import ModelArguments
+from finetuning.model import folder
 from finetuning.training import flags
 from finetuning.training import trainer as trainer_module
 from finetuning.training.flags import Arguments, parse_arguments

@@ -16,11 +16,11 @@ from torch.utils.data import BatchSampler
 import train_lora
 import train_prompt_tuning
 from finetuning.cli import console
+from finetuning.distributed import EqualTurns, check_engine, engine_asked_for
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import check_settings, find_broken_part, find_checkpoints
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
-from finetuning.training.processes import EqualTurns, check_engine, engine_asked_for
 
 SCRIPTS = {"train_lora": train_lora, "train_prompt_tuning": train_prompt_tuning}
 ROWS = 13  # which neither 4 nor 16 divides
@@ -176,7 +176,7 @@ def test_an_engine_needs_a_launcher_and_its_package(
     assert "started alone" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_engine("FSDP", use_cpu=False)
-    monkeypatch.setattr("finetuning.training.processes.find_spec", lambda name: None)
+    monkeypatch.setattr("finetuning.distributed.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         check_engine("DeepSpeed", use_cpu=False)
     assert "pip install deepspeed" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from soak import SCRIPTS, soak
 from support import REPOSITORY, STEP, Run, equal_weights
 
 import train_lora
-from finetuning.adapter import folder
+from finetuning.model import folder
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import find_broken_part, find_checkpoints

@@ -11,7 +11,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetuning.adapter.soft_prompts import SoftPromptModel
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training import losses
 from finetuning.training.attention import attention as attention_context

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from support import ENDOFTEXT, FLAT, HYBRID, IM_END, TOKENS, make_model, make_rows, make_soft
 from transformers import GenerationConfig
 
-from finetuning.adapter.soft_prompts import SoftPromptModel
 from finetuning.generation.generate import pad_left
 from finetuning.generation.label_scoring import score_labels
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.losses import ChunkedLoss

@@ -21,11 +21,11 @@ from support import STEP, Run, StopAt, make_model, make_tokenizer, save_checkpoi
 import inference
 import train_lora
 import train_prompt_tuning
-from finetuning.adapter.flags import MergeArguments
 from finetuning.cli.arguments import ScriptParser
 from finetuning.cli.commands import resume_command
 from finetuning.training import report
 from finetuning.training.report import draw_losses, merge_log
+from merge_adapter import MergeArguments
 
 
 @pytest.fixture

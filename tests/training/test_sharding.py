@@ -23,10 +23,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import train_lora
 import train_prompt_tuning
 from common import load_model
-from finetuning.adapter.base_model import quantization_options
 from finetuning.cli.arguments import ModelArguments
+from finetuning.distributed import adjust_fsdp
+from finetuning.model.base_model import quantization_options
 from finetuning.training.checkpoints import find_broken_part
-from finetuning.training.processes import adjust_fsdp
 
 CONFIGS = REPOSITORY / "configs"
 RUNS = {

@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.adapter.fingerprint import base_fingerprint, compare_fingerprints, quantization
-from finetuning.adapter.sharding import gathered, whole_copy
-from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.adapter.whole_class import WEIGHTS, map_to_text_part
 from finetuning.cli.commands import command_line, resume_command
 from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.cli.memory import is_out_of_memory
+from finetuning.distributed import gathered, whole_copy
+from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints, quantization
+from finetuning.model.multimodal import WEIGHTS, map_to_text_part
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import stop_token_ids
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import is_thinking, prompt_format, set_thinking, supports_thinking_switch

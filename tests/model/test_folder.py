@@ -11,9 +11,9 @@ from support import make_model, make_soft, make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from common import load_model
-from finetuning.adapter.folder import load_adapter, read_adapter
-from finetuning.adapter.whole_class import write_for_whole_class
 from finetuning.cli.arguments import ModelArguments
+from finetuning.model.folder import load_adapter, read_adapter
+from finetuning.model.multimodal import write_for_whole_class
 
 IDS = torch.tensor([[*b"Instruction: Say sun"]])
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetuning.generation.verification import Comparison
+from finetuning.merging.verification import Comparison
 
 FAR = [9.0] * 40  # how far the base model alone is away, for each token
 # differences of tokens, largest logit, prompts, first tokens, answers, leads where answers part, rows

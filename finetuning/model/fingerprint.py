@@ -8,7 +8,7 @@ from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetuning.adapter.sharding import gathered, whole_shape
+from finetuning.distributed import gathered, whole_shape
 
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES += ("intermediate_size", "vocab_size")

@@ -5,7 +5,7 @@ import re
 import pytest
 from support import CHATML, THINKERS, make_tokenizer
 
-from finetuning.adapter.served_template import (
+from finetuning.merging.served_template import (
     choose_plain_start,
     serve_template,
     soft_tokens,

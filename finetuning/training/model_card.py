@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from finetuning.adapter.folder import TEMPLATE
+from finetuning.model.folder import TEMPLATE
 
 TITLES = {"LORA": "LoRA adapter", "PROMPT_TUNING": "Soft prompt"}
 TAGS = {"LORA": "lora", "PROMPT_TUNING": "prompt-tuning"}

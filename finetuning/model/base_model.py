@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from finetuning.adapter.fingerprint import quantization
 from finetuning.cli.console import fail, first_line, say, warn
+from finetuning.model.fingerprint import quantization
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 MOST_NAMES = 3  # of weights, in a message

@@ -1,7 +1,8 @@
-"""Several processes, each with a GPU of its own: what engine joins them, and how they share the rows of an epoch."""
+"""Several processes, each with a GPU of its own: what engine joins them, how they share rows, and sharded weights."""
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,13 +12,17 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, concatenate_datasets
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from finetuning.cli.console import fact, fail, is_main_process
-from finetuning.training.collators import BLANK_ROW
+from finetuning.preprocessing.encode import IGNORE_INDEX
+
+# What a process gets that has no row left: nothing to learn.
+BLANK_ROW = {"input_ids": [0], "attention_mask": [1], "labels": [IGNORE_INDEX]}
 
 
 def engine_asked_for(args: Any) -> str | None:
@@ -110,3 +115,36 @@ def say_how_many(args: TrainingArguments) -> None:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         engine = engine_asked_for(args) or "DDP"
         fact("processes", f"{processes} ({engine}), {rows} rows each: {rows * processes} rows a step")
+
+
+# ---- weights that lie in parts on several GPUs, with FSDP or DeepSpeed's ZeRO-3: reading them takes all processes
+
+
+@contextmanager
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the context, parameters that ZeRO-3 has divided are whole; without ZeRO-3 nothing happens."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed  # not a requirement
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a whole parameter; a copy of them, if ZeRO-3 has divided it."""
+    if not is_deepspeed_zero3_enabled():
+        return parameter.detach()
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter; what ZeRO-3 leaves in its place has the shape (0,)."""
+    return parameter.ds_shape if is_deepspeed_zero3_enabled() else parameter.shape
+
+
+def whole_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, put together from the parts that FSDP has made of the tensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()

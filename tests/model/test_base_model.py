@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 import inference
 import train_lora
 from common import load_model
-from finetuning.adapter.base_model import loading_report
 from finetuning.cli.arguments import ModelArguments
+from finetuning.model.base_model import loading_report
 
 IDS = torch.tensor([[*b"Instruction: Say sun\nOutput: sun"]])
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from finetuning.adapter.checkpoint_copy import (
+from finetuning.cli.console import fail, say
+from finetuning.merging.checkpoint_copy import (
     TOKENIZER,
     Change,
     add_tokens,
@@ -25,10 +26,9 @@ from finetuning.adapter.checkpoint_copy import (
     write_template,
     write_weights,
 )
-from finetuning.adapter.served_template import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
-from finetuning.adapter.soft_prompts import SoftPromptModel
-from finetuning.adapter.whole_class import PREFIX, TEXT, WEIGHTS, WHOLE, write_for_whole_class
-from finetuning.cli.console import fail, say
+from finetuning.merging.served_template import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
+from finetuning.model.multimodal import PREFIX, TEXT, WEIGHTS, WHOLE, write_for_whole_class
+from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import pad_token_id, stop_token_ids
 from finetuning.preprocessing.templates import prompt_format
 

@@ -1,0 +1,1 @@
+"""The base model, its fingerprint, soft prompts, and the folder of an adapter."""
