@@ -25,6 +25,8 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # the data path: files, readers, rows, templates, encode, dataset
+    Mutant('finetuning/preprocessing/files.py', 'os.path.relpath(file, shared or ".").lower()', 'file', 'test_dataset splits'),
+    Mutant('finetuning/preprocessing/dataset.py', '        if len(splits) > 1:\n', '        if False:\n', 'test_dataset splits'),
     Mutant('finetuning/preprocessing/files.py', '        if other != file:\n', '        if False:\n', 'test_files twice'),
     Mutant('finetuning/preprocessing/files.py', 'sorted(files, key=natural_order)', 'sorted(files)', 'test_files find_files'),
     Mutant('finetuning/preprocessing/files.py', 'enumerate(re.split(r"(\\d+)", path))], path', 'enumerate(re.split(r"(\\d+)", path))], ""', 'test_files order'),
@@ -93,8 +95,12 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/templates.py', 'and MERGED_MARK in tokenizer.chat_template:', 'and False:', 'test_merge_adapter every_prompt'),
     Mutant('finetuning/preprocessing/encode.py', 'if text is None or not prompt.startswith(text):', 'if text is None:', 'test_encode'),
     Mutant('finetuning/preprocessing/encode.py', 'if text is None or not prompt.startswith(text):', 'if True:', 'test_encode conversation'),
-    Mutant('finetuning/preprocessing/rows.py', '({"weight": 0} if 0 in masks else {})', '({"weight": 0} if message.get("weight") == 0 else {})', 'test_normalize learnt'),
-    Mutant('finetuning/preprocessing/rows.py', '        if mask not in (0, 1):\n', '        if False:\n', 'test_normalize refused'),
+    Mutant('finetuning/preprocessing/rows.py', 'if is_set == (name in MASKED) else {}', 'if not is_set else {}', 'test_normalize learnt'),
+    Mutant('finetuning/preprocessing/rows.py', 'YES_OR_NO.get(str(value).lower())', 'bool(value)', 'test_normalize learnt or refused'),
+    Mutant('finetuning/preprocessing/rows.py', '    for name in filter(UNCLEAR.search, fields):\n', '    for name in ():\n', 'test_normalize refused'),
+    Mutant('finetuning/preprocessing/rows.py', ' + others\n', '\n', 'test_normalize every_field'),
+    Mutant('finetuning/preprocessing/rows.py', '[turn | {"weight": 0} for turn in row.pop("prompt")]', 'row.pop("prompt")', 'test_normalize learnt'),
+    Mutant('finetuning/preprocessing/rows.py', '        if is_set is None:\n', '        if False:\n', 'test_normalize refused'),
     Mutant('finetuning/preprocessing/rows.py', 'if max_rows is None or count < max_rows:', 'if max_rows is None:', 'test_dataset max_rows'),
     Mutant('finetuning/preprocessing/rows.py', '*(answer for _, answer in row.get("history") or ())]', ']', 'test_dataset counts'),
     Mutant('finetuning/preprocessing/readers.py', 'and not OBJECT.match(start):', 'and start[:1] not in (b"[", b"{"):', 'test_normalize formats'),

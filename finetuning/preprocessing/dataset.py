@@ -30,9 +30,9 @@ from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.cli.console import fail, first_line, is_main_process, progress_bar, say
+from finetuning.cli.console import fail, first_line, is_main_process, progress_bar, say, warn
 from finetuning.preprocessing.encode import IGNORE_INDEX, Example, encode_together
-from finetuning.preprocessing.files import DataError, find_files, hash_files
+from finetuning.preprocessing.files import DataError, find_files, find_splits, hash_files
 from finetuning.preprocessing.flags import DataArguments
 from finetuning.preprocessing.rows import Row, read_rows, to_record
 from finetuning.preprocessing.summary import Summary, print_summary, summarize
@@ -108,6 +108,10 @@ def read_data(
     files = find_files(data_path)
     if len(files) > 1:
         say(f"{data_path}: {len(files)} files, from {files[0]} to {files[-1]}")
+        splits = find_splits(files) if "," not in data_path else []
+        if len(splits) > 1:
+            names = f"{', '.join(splits)}), and all are read; name one, with a pattern such as '*{splits[-1]}*'"
+            warn(f"{data_path} holds several splits ({names}")
     (sha256,) = broadcast_object_list([hash_files(files) if is_main_process() else None])
     drop_reasoning = args.thinking == "off"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our threads are enough, one for each batch

@@ -26,6 +26,7 @@ ENDINGS = tuple(name + more for name in TEXT_ENDINGS for more in ("", ".gz", ".z
 ENDINGS += (".parquet", ".xlsx", ".xls", ".zip", ".xz", ".arrow")  # some are refused, but none is passed over
 COMPRESSED_ENDING = re.compile(r"\.(gz|zst|bz2)$")
 HIDDEN = re.compile(r"[/\\]\.")  # a file or folder
+SPLIT = re.compile(r"(?<![a-z])(?:train|test|dev|eval|valid|val)(?:ing|uation|idation|ation)?(?![a-z])")
 HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/(.+)")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bz2"}  # the names are pyarrow's
 
@@ -73,6 +74,12 @@ def find_files(data_path: str) -> list[str]:
             problem = f"'{file}' and '{other}' look like the same rows, compressed and not"
             raise DataError(f"{problem}; move one away, or name only one")
     return list(files.values())
+
+
+def find_splits(files: list[str]) -> list[str]:
+    """The names of splits, such as test, in the paths of files below the folder that they share."""
+    shared = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    return sorted({name for file in files for name in SPLIT.findall(os.path.relpath(file, shared or ".").lower())})
 
 
 def find_local(path: str) -> list[str]:

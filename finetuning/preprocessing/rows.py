@@ -23,14 +23,19 @@ Row = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES |= {"gpt": "assistant"}
-ROLE = {"role", "from"}  # the fields that hold it
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
 JSON_FIELDS = ("messages", "conversations", "history")  # may be JSON text, as in a table
 ABSENT_IF_EMPTY = (*JSON_FIELDS, "system", "reasoning_content", "task")  # a table has no other way to leave them out
 FIELDS = ("instruction", "input", "output", *ABSENT_IF_EMPTY)
-MASKS = ("weight", "loss", "train")  # of OpenAI, ms-swift and Axolotl: 0 or false leaves a message out of the loss
+# Fields of a message, by their names in OpenAI's, ShareGPT's, vLLM's, Ollama's, ms-swift's and Axolotl's data.
+ROLE, CONTENT, REASONING = ("role", "from"), ("content", "value"), ("reasoning_content", "reasoning", "thinking")
+LEARNT, MASKED = ("weight", "loss", "train", "training", "loss_weight"), ("mask", "masked")
+UNCLEAR = re.compile("loss|train|weight|mask|learn|ignore|supervis", re.IGNORECASE)  # such as loss_mask
+YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}  # in a table it is text
 NO_TASK = "rows"  # the task of rows that name none
 LONGEST_LABEL = 40  # characters
+
+PAIR = ("prompt", "completion")  # TRL's halves of a conversation, of which the second is learnt
 
 # Fields that are refused if they hold something, and why.
 PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
@@ -71,7 +76,7 @@ def read_rows(
     Raises:
         DataError: with the file, the row, the field and the remedy.
     """
-    unseen, fields, count = set(rename), {*FIELDS, *REFUSED, *JUDGEMENTS, *rename}, 0
+    unseen, fields, count = set(rename), {*FIELDS, *REFUSED, *JUDGEMENTS, *PAIR, *rename}, 0
 
     def check(file: str) -> Iterator[tuple[str, Row, list[str]]]:
         location, index = file, None
@@ -112,6 +117,8 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
     if not isinstance(value, dict):
         raise DataError(f"is {describe(value)}, not an object like {EXAMPLE}")
     row = {name: inner for name, inner in rename_fields(value, rename).items() if inner is not None}
+    if all(is_conversation(row.get(name)) for name in PAIR):
+        row["messages"] = [turn | {"weight": 0} for turn in row.pop("prompt")] + row.pop("completion")
     row = {name: inner for name, inner in row.items() if inner != "" or name not in ABSENT_IF_EMPTY}
     ignored = [name for name in row if name not in FIELDS]
     row = {name: inner for name, inner in row.items() if inner is not NOT_READ}
@@ -127,8 +134,8 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
             beside = [name for name in FIELDS if name not in (field, "system", "task") and row.get(name)]
             if beside:
                 raise DataError(f"has '{beside[0]}' beside '{field}'; remove one of them")
-            messages = read_messages(row.pop(field), field, row.pop("system", None), output_required)
-            return row | {"messages": messages}, ignored
+            messages, others = read_messages(row.pop(field), field, row.pop("system", None), output_required)
+            return row | {"messages": messages}, ignored + others
     check_names(row, value, output_required)
     row.setdefault("input", "")
     for name in ("instruction", "input", "output", "system"):
@@ -172,11 +179,7 @@ def check_names(row: Row, raw: Row, output_required: bool) -> None:
         return
     if missing[0] in raw:
         raise DataError(f"'{missing[0]}' is null; write the text, or remove the row")
-    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
-    chat = [
-        name for name, turns in lists.items() if all(isinstance(turn, dict) and ROLE & turn.keys() for turn in turns)
-    ]
-    flags = suggest_flags(row)
+    chat, flags = [name for name, value in row.items() if is_conversation(value)], suggest_flags(row)
     if chat:
         remedy = f"add --messages_field {shlex.quote(chat[0])}"
     elif all(f"--{name}_field" in flags for name in missing):
@@ -196,6 +199,11 @@ def suggest_flags(row: Row) -> str:
         name = free.pop(field if free.get(field) == field else near[0]) if near else field
         flags += [f"--{field}_field {shlex.quote(name)}"] if name != field else []
     return " ".join(flags)
+
+
+def is_conversation(value: Any) -> bool:
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & set(ROLE) for turn in turns)
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -239,14 +247,15 @@ def separate_reasoning(field: str, answer: str, beside: Any, where: str = "") ->
     return {field: rest} | ({"reasoning_content": reasoning or beside} if reasoning or beside else {})
 
 
-def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> list[Row]:
-    """Check a conversation, before which the row's own `system` text may stand."""
+def read_messages(messages: Any, field: str, system: Any, output_required: bool) -> tuple[list[Row], list[str]]:
+    """Check a conversation, before which the row's own `system` text may stand; returns it and its ignored fields."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'{field}' is {describe(messages)}, not a list of {{'role': ..., 'content': ...}}")
-    found = [read_message(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    found, others = zip(*(read_message(each, f"message {n}") for n, each in enumerate(messages, 1)), strict=True)
+    ignored = [f"{field}.{name}" for name in dict.fromkeys(chain.from_iterable(others))]
     if system is not None:
         check_text(system, "'system'")
-        found = [{"role": "system", "content": system}, *found]
+        found = ({"role": "system", "content": system}, *found)
     roles = [message["role"] for message in found]
     if "system" in roles[1:]:
         raise DataError("a system message may only come first, and only once")
@@ -255,19 +264,22 @@ def read_messages(messages: Any, field: str, system: Any, output_required: bool)
         raise DataError(f"user and assistant must take turns, user first (found: {', '.join(roles)})")
     if output_required and roles[-1] != "assistant":
         raise DataError("does not end with an assistant message; training needs the answer")
-    return found
+    return list(found), ignored
 
 
-def read_message(message: Any, where: str) -> Row:
-    """Check a message, and give it `role`, `content`, perhaps `reasoning_content` and, if it is 0, `weight`."""
-    message = {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    role = message.get("role", message.get("from"))
+def read_message(message: Any, where: str) -> tuple[Row, Row]:
+    """Check a message: its `role`, `content`, perhaps `reasoning_content` and, if it is not to be learnt, `weight` 0.
+
+    Returns:
+        The message with these fields, and its other fields, which mean nothing here.
+    """
+    fields = {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    role, content, reasoning = (take_first(fields, names) for names in (ROLE, CONTENT, REASONING))
     if role in TOOL_ROLES:
         raise DataError(f"{where} has the role '{role}': {TOOLS}")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where} needs a 'role', one of {', '.join(ROLES)}")
-    refuse_other_meanings(message, f"{where}: ")
-    content, reasoning = message.get("content", message.get("value")), message.get("reasoning_content")
+    refuse_other_meanings(fields, f"{where}: ")
     if isinstance(content, list):
         kinds = {part.get("type") if isinstance(part, dict) else describe(part) for part in content} - {"text"}
         if kinds:
@@ -281,11 +293,21 @@ def read_message(message: Any, where: str) -> Row:
         texts = separate_reasoning("content", content, reasoning, f"{where}: ")
     elif reasoning:
         raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
-    masks = [message[name] for name in MASKS if name in message]
-    for mask in masks:
-        if mask not in (0, 1):
-            raise DataError(f"{where} has the weight {mask!r}; an answer is learnt, with 1, or not, with 0")
-    return {"role": ROLES[role]} | texts | ({"weight": 0} if 0 in masks else {})
+    weight = {}
+    for name in [name for name in (*LEARNT, *MASKED) if name in fields]:
+        value = fields.pop(name)
+        is_set = YES_OR_NO.get(str(value).lower())
+        if is_set is None:
+            raise DataError(f"{where} has the {name} {value!r}; an answer is learnt, or not: write 1 or 0")
+        weight |= {"weight": 0} if is_set == (name in MASKED) else {}
+    for name in filter(UNCLEAR.search, fields):
+        raise DataError(f"{where} has '{name}': is it learnt or not? say it as 'weight', 1 or 0, or rename '{name}'")
+    return {"role": ROLES[role]} | texts | weight, fields
+
+
+def take_first(fields: Row, names: tuple[str, ...]) -> Any:
+    """Take the first of these fields out of a message; if it has several, the others are named as ignored."""
+    return next((fields.pop(name) for name in names if name in fields), None)
 
 
 def check_text(value: Any, where: str) -> None:

@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,18 +202,33 @@ def test_several_files_count_on(path: str, tmp_path: Path, capsys: pytest.Captur
     assert data.summary.rows == 22 and numbers[:3] == [1, 2, 3] and numbers[-1] == 22
 
 
-def test_others_wait_for_the_first(path: str, tmp_path: Path, cache: Any) -> None:
+def test_splits_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 97: a cloned repository holds what is to be tested on, too. Words like latest name no split."""
+    folder = tmp_path / "training-test"  # its own name does not count
+
+    def read(*names: str) -> str:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(ROWS[:1]))
+        preprocess(str(folder), tokenizer_for(), 200)
+        return capsys.readouterr().err
+
+    assert read("data/train-0.json", "data/train-1.json", "latest.json", "testimony.json") == ""
+    message = (
+        f"{folder} holds several splits (train, validation), and all are read; name one, with a pattern such as '*"
+    )
+    assert message in read("validation/0.json")
+
+
+def test_others_wait_for_the_first(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, capsys: Any) -> None:
     """Of several processes that train together one makes the entry; it is looked for again after the wait."""
     cache(path)
     (entry,) = entries(tmp_path)
-    found: list[Dataset] = []
-    with FileLock(f"{entry}.lock"):
-        waiting = Thread(target=lambda: found.append(cache(path).dataset))
-        waiting.start()
-        time.sleep(0.5)
-        assert waiting.is_alive()
-    waiting.join(timeout=60)
-    assert len(found) == 1
+    monkeypatch.setattr(dataset, "FileLock", lambda path: FileLock(path, timeout=0))  # would wait: says so instead
+    with FileLock(f"{entry}.lock"), pytest.raises(SystemExit):
+        cache(path)
+    assert f"{entry}.lock' could not be acquired" in capsys.readouterr().err
+    assert len(cache(path).dataset) == 20 and f"tokens read from the cache: {entry}" in capsys.readouterr().out
 
 
 def test_two_processes_make_one_entry(path: str, tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow
 import pytest
+from hypothesis import strategies as st
 from pyarrow import parquet
 from support import THINKING, make_tokenizer, preprocess, read_all
 
 from finetuning.preprocessing.encode import IGNORE_INDEX
-from finetuning.preprocessing.rows import NO_TASK, task_of
+from finetuning.preprocessing.files import DataError
+from finetuning.preprocessing.rows import LEARNT, MASKED, NO_TASK, normalize_row, task_of
 from finetuning.preprocessing.templates import set_prompt_format
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -73,6 +76,13 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "",
         ["d<|im_end|>"],
     ),
+    "weight of a table": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": "0"}, TURNS[2], TURNS[3] | {"training": "True", "mask": 0}]},
+        "",
+        ["d<|im_end|>"],
+    ),
+    "mask": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"mask": True, "weight": 1}, *TURNS[2:]]}, "", ["d<|im_end|>"]),
+    "TRL's halves": ({"prompt": TURNS[:3], "completion": TURNS[3:]}, "", ["d<|im_end|>"]),
     "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
     "a label word that is false": (ROW | {"output": "false", "label": "false"}, "", ["false<|im_end|>"]),
     "a yes/no question": (ROW | {"output": "No.", "label": False}, "", ["No.<|im_end|>"]),
@@ -104,6 +114,31 @@ def test_what_is_learnt(tmp_path: Path, row: dict[str, Any], text: str, answers:
     assert found == answers and (whole == text or not text)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_names_of_reasoning(tmp_path: Path, name: str) -> None:
+    """Trap 88: vLLM and OpenRouter say reasoning, Ollama thinking."""
+    ((whole, found),) = learnt(write(tmp_path, {"messages": [OPEN_AI[0], OPEN_AI[1] | {name: "hm"}]}))
+    assert found == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+
+
+@hypothesis.example(name="loss", value=False)
+@hypothesis.example(name="loss_mask", value=0)
+@hypothesis.example(name="refusal", value="x")
+@hypothesis.example(name="thinking", value="x")
+@hypothesis.example(name="value", value="x")
+@hypothesis.example(name="from", value="x")
+@hypothesis.given(name=st.text(max_size=12), value=st.sampled_from(["x", 0, 0.5, True, False, ["y"], {"z": 1}]))
+def test_every_field_of_a_message_is_honoured_refused_or_named(name: str, value: Any) -> None:
+    """Trap 87, for any name: what is left out of a message is told."""
+    plain = {"messages": TURNS}
+    turns = [TURNS[0], TURNS[1] | {name: value}, *TURNS[2:]]
+    try:
+        row, ignored = normalize_row({"messages": turns}, {}, True)
+    except DataError:
+        return
+    assert f"messages.{name}" in ignored or row != plain or value in (1, False) and name in (*LEARNT, *MASKED)
+
+
 def test_weights_of_a_rewriting_template(tmp_path: Path) -> None:
     """One example for each answer to learn, and none for the others."""
     messages = [OPEN_AI[0], OPEN_AI[1] | {"weight": 0}, *TURNS[2:]]
@@ -122,7 +157,15 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "half a weight": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": 0.5}]},
-        ["message 2 has the weight 0.5; an answer is learnt, with 1, or not, with 0"],
+        ["message 2 has the weight 0.5; an answer is learnt, or not: write 1 or 0"],
+    ),
+    "half a loss weight": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_weight": "0.3"}]},
+        ["message 2 has the loss_weight '0.3'; an answer is learnt, or not"],
+    ),
+    "an unclear mask": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_mask": 0}]},
+        ["message 2 has 'loss_mask': is it learnt or not?"],
     ),
     "label": (ROW | {"label": False}, ["'label' is false", "preference data"]),
     "label of a CSV": (ROW | {"label": "False"}, ["'label' is false", "preference data"]),
