@@ -84,14 +84,12 @@ def find_splits(files: list[str]) -> list[str]:
 
 def find_local(path: str) -> list[str]:
     """The files that a path or a pattern names; of folders, those with a known ending that are not hidden."""
-    is_folder, files = os.path.isdir(path), []
-    if os.path.exists(path) and not is_folder and not os.path.isfile(path):
-        raise DataError(f"'{path}' is not a file; name a data file, a folder or a pattern")
-    for match in [path] if os.path.exists(path) else glob(path, recursive=True):
+    files, exists = [], os.path.exists(path)
+    for match in [path] if exists else glob(path, recursive=True):
         found = [Path(match)] if os.path.isfile(match) else Path(match).rglob("*")
         known = [file for file in found if str(file) == match or file.name.lower().endswith(ENDINGS) and file.is_file()]
         files += [str(file) for file in known if not HIDDEN.search(str(file).removeprefix(match))]
-    if not files and is_folder:
+    if not files and exists:
         raise DataError(f"'{path}' is not a file, and as a folder it has no data files (.json, .csv, .parquet, ...)")
     if not files:
         hint = "; no file matches this pattern" if set(path) & set("*?[") else ""
@@ -147,26 +145,23 @@ def decompress(path: str, file: IO[bytes]) -> tuple[IO[bytes], bytes]:
     Raises:
         DataError: for a format that is not read; it says how to convert it.
     """
-    start = file.read(SNIFF)
+    start, ending = file.read(SNIFF), Path(path.lower()).suffix
     file.seek(0)
     compression = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
     if compression:
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
         start = file.peek(SNIFF)[:SNIFF]
-    is_parquet, ending = start.startswith(b"PAR1"), Path(path.lower()).suffix
-    if ending in (".xlsx", ".xls"):
-        raise DataError(EXCEL.format(path))
-    for magic, reason in REFUSED.items():
-        if start.startswith(magic):
-            raise DataError(reason.format(path))
-    if start[257:262] == b"ustar":
-        raise DataError(f"is a tar file; extract it first: tar xf {path}")
+    is_parquet = start.startswith(b"PAR1")
+    reasons = [EXCEL] if ending in (".xlsx", ".xls") else []
+    reasons += [reason for magic, reason in REFUSED.items() if start.startswith(magic)]
+    reasons += ["is a tar file; extract it first: tar xf {0}"] if start[257:262] == b"ustar" else []
     if is_parquet and compression:
-        raise DataError(f"is a compressed Parquet file, with {compression}; decompress it first")
+        reasons.append(f"is a compressed Parquet file, with {compression}; decompress it first")
     if ending == ".parquet" and not is_parquet:
-        raise DataError("is not a Parquet file: its first bytes are not PAR1; make or download it again")
-    if b"\x00" in start and not is_parquet:
-        raise DataError(UTF_16)
+        reasons.append("is not a Parquet file: its first bytes are not PAR1; make or download it again")
+    reasons += [UTF_16] if b"\x00" in start and not is_parquet else []
+    if reasons:
+        raise DataError(reasons[0].format(path))
     return file, start
 
 
