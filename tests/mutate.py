@@ -25,6 +25,9 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # the data path: files, readers, rows, templates, encode, dataset
+    Mutant("train_lora.py", "    except ValueError as error:  # such as", "    except KeyError as error:  # such as", "test_train_lora adapted"),
+    Mutant("train_lora.py", '    if lost and "experts" not in adapted:\n', "    if False:\n", "test_train_lora adapted"),
+    Mutant("train_lora.py", "parts[part].get(number, False) or is_adapted", "is_adapted", "test_train_lora adapted"),
     Mutant('finetuning/preprocessing/files.py', 'os.path.relpath(file, shared or ".").lower()', 'file', 'test_dataset splits'),
     Mutant('finetuning/preprocessing/dataset.py', '        if len(splits) > 1:\n', '        if False:\n', 'test_dataset splits'),
     Mutant('finetuning/preprocessing/files.py', '        if other != file:\n', '        if False:\n', 'test_files twice'),

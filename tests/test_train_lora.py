@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -155,13 +156,38 @@ def test_other_architectures(run: Run, flags: list[str], tmp_path: Path, model_t
     printed = run(*flags, "--model_path", path, "--max_steps", 2)
     assert "format      chat" in printed
     if model_type.startswith("qwen3_"):
-        assert ("1 of 4 layers" in printed) == (model_type != "qwen3_moe")
+        assert ("linear_attn 0 of 3 layers" in printed) == (model_type != "qwen3_moe")
+        assert ("mlp.experts 0 of 2 layers" in printed) == (model_type == "qwen3_moe")
     if model_type == "qwen3_5_text":
         assert "add to --target_modules: in_proj_qkv,in_proj_z,out_proj" in printed
         more = "q_proj,k_proj,v_proj,in_proj_qkv,in_proj_z,out_proj"
         out = tmp_path / "more"
         printed = run(*flags, "--model_path", path, "--max_steps", 2, "--target_modules", more, "--output_dir", out)
-        assert "4 of 4 layers" in printed
+        assert "adapted     linear_attn 3 of 3 layers, mlp 0 of 4 layers, self_attn 1 of 1 layers\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names", "words"),
+    [
+        (
+            "qwen2_moe",
+            "all-linear",
+            "mlp.experts 0 of 2 layers, mlp.shared_expert 2 of 2 layers",
+        ),
+        ("qwen3_5_moe_text", "gate_proj,up_proj", "linear_attn 0 of 2 layers, mlp.gate 0 of 2 layers, mlp.experts 0"),
+        ("qwen3_next", "q_proj,gate_proj,up_proj", "PEFT does not adapt gate_proj, up_proj of this model"),
+        ("mixed", "q_proj,gate_proj,up_proj", "lora.ParamWrapper does not work with lora_dropout != 0"),
+    ],
+)
+def test_what_is_adapted(
+    model_type: str, names: str, words: str, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Trap 93: which experts a name reaches depends on the family, as PEFT sees it."""
+    layers = {"mlp_only_layers": [0]} if model_type == "mixed" else {}
+    model = make_model("qwen3_moe" if model_type == "mixed" else model_type, **layers)
+    with nullcontext() if "layers" in words else pytest.raises(SystemExit):
+        train_lora.add_lora(model, train_lora.LoraArguments(target_modules=names))
+    assert words in "".join(capsys.readouterr())
 
 
 def test_4bit(run: Run, flags: list[str], tmp_path: Path) -> None:
