@@ -40,12 +40,13 @@ from finetuning.preprocessing.summary import Summary, print_summary, summarize
 SMALL = 8 * 2**20  # bytes of the files
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2**22  # that are tokenised at once, whichever is less
 
-# An example, and the number of its row, from 1 over all files.
+# An example, the number of its row, from 1 over all files, and whether its end was cut off.
 EXAMPLE = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 EXAMPLE |= {"row_number": Value("int64"), "supervised": Value("int32"), "is_truncated": Value("bool")}
-# The first example of a row has the row, as JSON text, so that no type is guessed, and what the summary counts.
+# The first example of a row has the row, as JSON text, so that no type is guessed, and what the summary counts, such as
+# whether supervised tokens were cut off.
 TABLE = EXAMPLE | {name: Value("string") for name in ("row", "task", "label", "ignored")}
-TABLE = Features(TABLE | {"has_reasoning": Value("bool"), "is_empty": Value("bool")})
+TABLE = Features(TABLE | {name: Value("bool") for name in ("has_reasoning", "is_empty", "is_cut")})
 
 PreprocessFunction = Callable[[Row, PreTrainedTokenizerBase], list[Example]]  # `common.preprocess_function`
 
@@ -90,14 +91,14 @@ def load_training_data(
 
 
 def split_rows(table: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Hold out a random share of the rows: the other rows' examples, and theirs."""
+    """Hold out a random share of the rows of which something is left: the other rows' examples, and theirs."""
     row_numbers = read_column(table, "row_number")
-    count = int(row_numbers[-1])
-    if count < 2:
+    numbers = np.unique(row_numbers[read_column(table, "length") > 0])
+    if len(numbers) < 2:
         raise DataError("--eval_split: there is only one row; leave the flag out")
-    size = min(max(1, round(share * count)), count - 1)
-    numbers = Dataset.from_dict({"row_number": np.arange(1, count + 1)})
-    is_held_out = np.isin(row_numbers, numbers.train_test_split(size, seed=seed)["test"]["row_number"])
+    size = min(max(1, round(share * len(numbers))), len(numbers) - 1)
+    rows = Dataset.from_dict({"row_number": numbers})
+    is_held_out = np.isin(row_numbers, rows.train_test_split(size, seed=seed)["test"]["row_number"])
     return table.select(np.flatnonzero(~is_held_out)), table.select(np.flatnonzero(is_held_out))
 
 
@@ -108,9 +109,8 @@ def read_data(
     files = find_files(data_path)
     if len(files) > 1:
         say(f"{data_path}: {len(files)} files, from {files[0]} to {files[-1]}")
-        splits = find_splits(files) if "," not in data_path else []
-        if len(splits) > 1:
-            names = f"{', '.join(splits)}), and all are read; name one, with a pattern such as '*{splits[-1]}*'"
+        if splits := find_splits(files) if "," not in data_path else []:
+            names = f"{', '.join(splits)}), and all files are read; name some, with a pattern such as '*{splits[-1]}*'"
             warn(f"{data_path} holds several splits ({names}")
     (sha256,) = broadcast_object_list([hash_files(files) if is_main_process() else None])
     drop_reasoning = args.thinking == "off"
@@ -183,15 +183,21 @@ def tokenize_rows(
     encode_together(list(chain.from_iterable(of_rows)))
     examples = []
     for row_number, (record, of_row) in enumerate(zip(records, of_rows, strict=True), number):
-        is_truncated = any(len(example["input_ids"]) > max_length for example in of_row)
-        cut = [(example["input_ids"][:max_length], example["labels"][:max_length]) for example in of_row]
-        left = [(ids, labels) for ids, labels in cut if labels.count(IGNORE_INDEX) < len(labels)]
-        for input_ids, labels in left or [([], [])]:
-            supervised = len(labels) - labels.count(IGNORE_INDEX)
-            values = (input_ids, labels, len(input_ids), row_number, supervised, is_truncated)
-            examples.append(record | dict(zip(EXAMPLE, values, strict=True)))
+        left, is_cut = [], False
+        for example in of_row:
+            input_ids, labels = (example[name][:max_length] for name in ("input_ids", "labels"))
+            supervised, is_truncated = count_supervised(labels), len(example["labels"]) > max_length
+            is_cut |= supervised < count_supervised(example["labels"])
+            if supervised:
+                left.append((input_ids, labels, len(labels), row_number, supervised, is_truncated))
+        for values in left or [([], [], 0, row_number, 0, False)]:
+            examples.append(record | dict(zip(EXAMPLE, values, strict=True), is_cut=is_cut))
             record = {}
     return pa.RecordBatch.from_pylist(examples, TABLE.arrow_schema)
+
+
+def count_supervised(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORE_INDEX)
 
 
 # ---- token cache: a folder with an entry, a folder of its own, for each key
@@ -222,8 +228,9 @@ def get_or_create(entry: Path, create: Callable[[pa.NativeFile], None]) -> str:
     """The file of an entry, which `create` writes unless it is there. Other processes wait meanwhile."""
     path, part = entry / "examples.arrow", entry / "part"
     try:
-        entry.mkdir(parents=True, exist_ok=True)
+        entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock"):
+            entry.mkdir(exist_ok=True)  # which another process may have removed meanwhile
             if path.exists():
                 say(f"tokens read from the cache: {entry}")
             else:

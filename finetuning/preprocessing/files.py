@@ -25,7 +25,6 @@ TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 ENDINGS = tuple(name + more for name in TEXT_ENDINGS for more in ("", ".gz", ".zst", ".bz2"))
 ENDINGS += (".parquet", ".xlsx", ".xls", ".zip", ".xz", ".arrow")  # some are refused, but none is passed over
 COMPRESSED_ENDING = re.compile(r"\.(gz|zst|bz2)$")
-HIDDEN = re.compile(r"[/\\]\.")  # a file or folder
 SPLIT = re.compile(r"(?<![a-z])(?:train|test|dev|eval|valid|val)(?:ing|uation|idation|ation)?(?![a-z])")
 HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/(.+)")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bz2"}  # the names are pyarrow's
@@ -64,9 +63,10 @@ def find_files(data_path: str) -> list[str]:
         DataError: if there is no such file, or a pattern or a folder has none.
     """
     files: dict[str, str] = {}
-    for part in [data_path] if os.path.exists(data_path) or "," not in data_path else data_path.split(","):
-        find = download if part.strip().startswith("hf://") else find_local
-        files |= {os.path.realpath(file): file for file in find(part.strip())}
+    parts = [data_path] if os.path.exists(data_path) else [part.strip() for part in data_path.split(",")]
+    for part in list(filter(None, parts)) or [data_path]:
+        find = download if part.startswith("hf://") else find_local
+        files |= {os.path.realpath(file): file for file in find(part)}
     decompressed: dict[str, str] = {}
     for file in files.values():
         other = decompressed.setdefault(COMPRESSED_ENDING.sub("", file), file)
@@ -77,9 +77,11 @@ def find_files(data_path: str) -> list[str]:
 
 
 def find_splits(files: list[str]) -> list[str]:
-    """The names of splits, such as test, in the paths of files below the folder that they share."""
-    shared = os.path.commonpath(map(os.path.dirname, files)) if files else ""
-    return sorted({name for file in files for name in SPLIT.findall(os.path.relpath(file, shared or ".").lower())})
+    """The splits, such as test, that the paths of files name below the folder that they share; none if all have one."""
+    shared = os.path.commonpath(map(os.path.dirname, files)) or "."
+    splits = [SPLIT.findall(os.path.relpath(file, shared).lower()) for file in files]
+    names = sorted({name for found in splits for name in found})
+    return names if names != ["train"] and any(found != splits[0] for found in splits) else []
 
 
 def find_local(path: str) -> list[str]:
@@ -87,8 +89,11 @@ def find_local(path: str) -> list[str]:
     files, exists = [], os.path.exists(path)
     for match in [path] if exists else glob(path, recursive=True):
         found = [Path(match)] if os.path.isfile(match) else Path(match).rglob("*")
-        known = [file for file in found if str(file) == match or file.name.lower().endswith(ENDINGS) and file.is_file()]
-        files += [str(file) for file in known if not HIDDEN.search(str(file).removeprefix(match))]
+        for file in found:
+            inside = os.path.relpath(file, match).split(os.sep)  # of the folder; ["."] for the file that is named
+            is_hidden = any(part.startswith(".") for part in inside) and inside != ["."]
+            if inside == ["."] or not is_hidden and file.name.lower().endswith(ENDINGS) and file.is_file():
+                files.append(str(file))
     if not files and exists:
         raise DataError(f"'{path}' is not a file, and as a folder it has no data files (.json, .csv, .parquet, ...)")
     if not files:

@@ -30,7 +30,7 @@ FIELDS = ("instruction", "input", "output", *ABSENT_IF_EMPTY)
 # Fields of a message, by their names in OpenAI's, ShareGPT's, vLLM's, Ollama's, ms-swift's and Axolotl's data.
 ROLE, CONTENT, REASONING = ("role", "from"), ("content", "value"), ("reasoning_content", "reasoning", "thinking")
 LEARNT, MASKED = ("weight", "loss", "train", "training", "loss_weight"), ("mask", "masked")
-UNCLEAR = re.compile("loss|train|weight|mask|learn|ignore|supervis", re.IGNORECASE)  # such as loss_mask
+UNCLEAR = re.compile(r"(^|_)(loss|train|training|trainable|weight|mask|learn|ignore|supervised)(_|$)")  # loss_mask
 YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}  # in a table it is text
 NO_TASK = "rows"  # the task of rows that name none
 LONGEST_LABEL = 40  # characters
@@ -117,21 +117,23 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
     if not isinstance(value, dict):
         raise DataError(f"is {describe(value)}, not an object like {EXAMPLE}")
     row = {name: inner for name, inner in rename_fields(value, rename).items() if inner is not None}
-    if all(is_conversation(row.get(name)) for name in PAIR):
-        row["messages"] = [turn | {"weight": 0} for turn in row.pop("prompt")] + row.pop("completion")
-    row = {name: inner for name, inner in row.items() if inner != "" or name not in ABSENT_IF_EMPTY}
-    ignored = [name for name in row if name not in FIELDS]
-    row = {name: inner for name, inner in row.items() if inner is not NOT_READ}
-    for name in JSON_FIELDS:
-        if isinstance(row.get(name), str):
+    for name in (*JSON_FIELDS, *PAIR):
+        text = row.get(name)
+        if isinstance(text, str) and (text if name in JSON_FIELDS else text.lstrip().startswith("[{")):
             try:
-                row[name] = parse_json(row[name])
+                row[name] = parse_json(text)
             except ValueError as error:
                 raise DataError(f"'{name}' is text, and not valid JSON: {error}") from None
+    empty = dict.fromkeys(ABSENT_IF_EMPTY, ("",)) | dict.fromkeys(JSON_FIELDS, ("", []))
+    row = {name: inner for name, inner in row.items() if inner not in empty.get(name, ())}
+    if "messages" not in row and all(is_conversation(row.get(name)) for name in PAIR):
+        row["messages"] = [turn | {"weight": 0} for turn in row.pop("prompt")] + row.pop("completion")
+    ignored = [name for name in row if name not in FIELDS]
+    row = {name: inner for name, inner in row.items() if inner is not NOT_READ}
     refuse_other_meanings(row, "")
     for field in ("messages", "conversations"):
         if field in row:
-            beside = [name for name in FIELDS if name not in (field, "system", "task") and row.get(name)]
+            beside = [name for name in (*FIELDS, *PAIR) if name not in (field, "system", "task") and row.get(name)]
             if beside:
                 raise DataError(f"has '{beside[0]}' beside '{field}'; remove one of them")
             messages, others = read_messages(row.pop(field), field, row.pop("system", None), output_required)
@@ -281,28 +283,31 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
         raise DataError(f"{where} needs a 'role', one of {', '.join(ROLES)}")
     refuse_other_meanings(fields, f"{where}: ")
     if isinstance(content, list):
-        kinds = {part.get("type") if isinstance(part, dict) else describe(part) for part in content} - {"text"}
-        if kinds:
-            raise DataError(f"{where}: 'content' has parts of type {', '.join(map(str, kinds))}: {MEDIA}")
         for part in content:
+            if not isinstance(part, dict):
+                raise DataError(
+                    f"{where}: a part of 'content' is {describe(part)}, not {{'type': 'text', 'text': ...}}"
+                )
+            if part.get("type", "text") != "text":
+                raise DataError(f"{where}: 'content' has a part of type {part['type']}: {MEDIA}")
             check_text(part.get("text"), f"{where}: a part of 'content'")
         content = "".join(part["text"] for part in content)
     check_text(content, f"{where}: 'content'")
-    texts = {"content": content}
-    if ROLES[role] == "assistant":
-        texts = separate_reasoning("content", content, reasoning, f"{where}: ")
-    elif reasoning:
-        raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
-    weight = {}
+    if ROLES[role] != "assistant":  # which is never learnt
+        if reasoning:
+            raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
+        return {"role": ROLES[role], "content": content}, fields
+    texts = separate_reasoning("content", content, reasoning, f"{where}: ")
+    weights = set()
     for name in [name for name in (*LEARNT, *MASKED) if name in fields]:
         value = fields.pop(name)
         is_set = YES_OR_NO.get(str(value).lower())
         if is_set is None:
             raise DataError(f"{where} has the {name} {value!r}; an answer is learnt, or not: write 1 or 0")
-        weight |= {"weight": 0} if is_set == (name in MASKED) else {}
-    for name in filter(UNCLEAR.search, fields):
-        raise DataError(f"{where} has '{name}': is it learnt or not? say it as 'weight', 1 or 0, or rename '{name}'")
-    return {"role": ROLES[role]} | texts | weight, fields
+        weights.add(is_set != (name in MASKED))
+    for name in [*filter(UNCLEAR.search, fields), *(["weight"] if len(weights) > 1 else [])]:
+        raise DataError(f"{where} has '{name}': is it learnt or not? say it once, as 'weight', 1 or 0")
+    return {"role": "assistant"} | texts | ({"weight": 0} if False in weights else {}), fields
 
 
 def take_first(fields: Row, names: tuple[str, ...]) -> Any:
@@ -344,6 +349,10 @@ def expected_answer(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
+def is_learnt(message: Row) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def as_label(answer: str | None) -> str | None:
     """An answer that may be a label word; None for one that is empty, long or has several lines."""
     return answer if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
@@ -351,15 +360,13 @@ def as_label(answer: str | None) -> str | None:
 
 def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool) -> dict[str, Any]:
     """A row as JSON text and what the summary counts: columns of `dataset.TABLE`, and where the row stands."""
-    parts = [row, *row.get("messages", ())]
-    answers = [part["content"] for part in parts[1:] if part["role"] == "assistant" and part.get("weight") != 0]
-    answers += [row["output"], *(answer for _, answer in row.get("history") or ())] if "output" in row else []
-    counts = {"has_reasoning": any("reasoning_content" in part for part in parts)}
-    counts |= {"is_empty": not all(map(str.strip, answers)), "task": task_of(row)}
-    if drop_reasoning:
-        row = without_reasoning(row)
-    counts |= {"label": as_label(expected_answer(row)), "ignored": as_json(ignored)}
-    return {"location": location, "row": as_json(row)} | counts
+    learnt = [row] if "output" in row else [turn for turn in row["messages"] if is_learnt(turn)]
+    answers = [part.get("content", row.get("output")) for part in learnt]
+    answers += [answer for _, answer in row.get("history") or ()]
+    counts = {"has_reasoning": any("reasoning_content" in part for part in learnt)}
+    counts |= {"is_empty": not all(map(str.strip, answers)), "task": task_of(row), "ignored": as_json(ignored)}
+    counts |= {"label": as_label(expected_answer(row)) if "output" in row or is_learnt(row["messages"][-1]) else None}
+    return {"location": location, "row": as_json(without_reasoning(row) if drop_reasoning else row)} | counts
 
 
 def without_reasoning(row: Row) -> Row:

@@ -28,17 +28,18 @@ class Summary:
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
+    masked: int = 0  # rows without an answer to learn
     examples: int = 0  # to train on; more than rows if conversations were split
     tokens: int = 0  # of the examples
     supervised: int = 0  # of these tokens
-    reasoning: int = 0  # rows with reasoning that is learnt
+    reasoning: int = 0  # rows with reasoning that is learnt; of dropped rows nothing is
     reasoning_left_out: int = 0  # rows with reasoning that is not
     empty: int = 0  # rows with an empty or blank answer
     ignored: dict[str, int] = field(default_factory=dict)  # rows that have a field which means nothing here, by name
     answers: list[dict[str, Any]] = field(default_factory=list)  # `label` of a `task`, its `count` and `first` row
 
     def mostly_reasoning(self) -> bool:
-        return 2 * self.reasoning > self.rows
+        return 2 * self.reasoning > self.kept + self.truncated
 
 
 def summarize(examples: Dataset, path: str, sha256: str, drop_reasoning: bool) -> Summary:
@@ -47,11 +48,12 @@ def summarize(examples: Dataset, path: str, sha256: str, drop_reasoning: bool) -
     is_left = pc.greater(table["length"], 0)
     rows = table.filter(pc.is_valid(table["task"]))  # the first example of each
     left = rows.filter(pc.greater(rows["length"], 0))
-    truncated = pc.sum(left["is_truncated"]).as_py() or 0
-    summary = Summary(path, sha256, len(rows), len(left) - truncated, truncated, len(rows) - len(left))
+    cut, truncated = (pc.sum(part["is_cut"]).as_py() or 0 for part in (rows, left))
+    masked = len(rows) - cut - (len(left) - truncated)  # neither cut nor left
+    summary = Summary(path, sha256, len(rows), len(left) - truncated, truncated, cut - truncated, masked)
     summary.examples, summary.tokens, summary.supervised, summary.reasoning, summary.empty = (
-        pc.sum(column).as_py()
-        for column in (is_left, table["length"], table["supervised"], rows["has_reasoning"], rows["is_empty"])
+        pc.sum(column).as_py() or 0
+        for column in (is_left, table["length"], table["supervised"], left["has_reasoning"], rows["is_empty"])
     )
     if drop_reasoning:
         summary.reasoning, summary.reasoning_left_out = 0, summary.reasoning
@@ -84,8 +86,11 @@ def print_summary(summary: Summary, max_length: int, tokenizer: PreTrainedTokeni
     counts = f": {summary.kept:,} kept, {summary.truncated:,} truncated at {max_length} tokens, "
     counts += f"{summary.dropped:,} dropped" + " (nothing of their answers was left)" * bool(summary.dropped)
     fact("rows", f"{path}: {summary.rows:,} rows{more}{', all kept' if summary.kept == summary.rows else counts}")
+    if summary.masked:
+        say(f"{path}: {summary.masked:,} rows have no answer to learn: all of theirs have weight 0")
     if not summary.examples:
-        raise DataError(f"{path}: no row is left; raise --max_length (now {max_length})")
+        remedy = f"; raise --max_length (now {max_length})" if summary.dropped else ""
+        raise DataError(f"{path}: no row is left{remedy}")
     fact("tokens", f"{summary.tokens:,}, of which {summary.supervised / summary.tokens:.0%} are supervised")
     if summary.empty:
         say(f"{path}: {summary.empty:,} rows have an empty answer: the model learns to say nothing there")

@@ -214,10 +214,9 @@ def test_splits_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         return capsys.readouterr().err
 
     assert read("data/train-0.json", "data/train-1.json", "latest.json", "testimony.json") == ""
-    message = (
-        f"{folder} holds several splits (train, validation), and all are read; name one, with a pattern such as '*"
-    )
-    assert message in read("validation/0.json")
+    assert f"{folder} holds several splits (train, validation), and all files are read" in read("validation/0.json")
+    folder = tmp_path / "others"
+    assert f"{folder} holds several splits (test), and all files are read" in read("rows.json", "rows_test.json")
 
 
 def test_others_wait_for_the_first(path: str, tmp_path: Path, cache: Any, monkeypatch: Any, capsys: Any) -> None:
@@ -317,6 +316,23 @@ def test_counts_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert preprocess(str(path), tokenizer_for(CHATML), 1000).summary.empty == 1
 
 
+def test_masked_answers_count_as_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their reasoning is not learnt, they are no label words, and a row with nothing else is not too long."""
+    masked = [TURNS[0], {"role": "assistant", "content": "BAD", "reasoning_content": "hm", "weight": 0}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"messages": [*TURNS, *masked]}] * 3 + [{"messages": masked}] + ROWS[:1]))
+    summary = preprocess(str(path), tokenizer_for(CHATML), 1000).summary
+    assert (summary.rows, summary.kept, summary.truncated, summary.dropped, summary.masked) == (5, 4, 0, 0, 1)
+    assert summary.reasoning == 0 and not labels_of_tasks(summary)
+    assert "1 rows have no answer to learn: all of theirs have weight 0" in capsys.readouterr().out
+    length = len(preprocess(str(path), tokenizer_for(CHATML), 1000).dataset[0]["labels"])
+    assert preprocess(str(path), tokenizer_for(CHATML), length - 5).summary.truncated == 0  # only of what is masked
+    path.write_text(json.dumps([{"messages": masked}]))
+    with pytest.raises(SystemExit):
+        preprocess(str(path), tokenizer_for(CHATML), 1000)
+    assert capsys.readouterr().err.endswith("no row is left\n")
+
+
 def test_an_odd_answer_among_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One empty or long answer does not take a task's label words away, and it is named."""
     rows = [{"instruction": "a", "output": ("good", "bad")[n % 2], "task": "mood"} for n in range(300)]
@@ -342,6 +358,7 @@ def load(path: str, tmp_path: Path, **options: Any) -> tuple[dataset.Data, datas
 def test_held_out_rows() -> None:
     """All examples of a row go together, each seed has its own share, and nothing is in both."""
     table = Dataset.from_dict({"row_number": [number for number in range(1, 101) for _ in range(1 + number % 3)]})
+    table = table.add_column("length", [5] * len(table))
     rest, held_out = split_rows(table, 0.2, 0)
     numbers = list(held_out["row_number"])
     assert len(set(numbers)) == 20 and numbers == sorted(numbers)
@@ -352,6 +369,19 @@ def test_held_out_rows() -> None:
         assert len(set(split_rows(table, share, 0)[1]["row_number"])) == count
     with pytest.raises(DataError, match="there is only one row"):
         split_rows(table.select([0]), 0.5, 0)
+
+
+def test_rows_that_are_dropped_are_not_held_out(tmp_path: Path) -> None:
+    """An evaluation of nothing would divide by zero after the training."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": ("a", "long " * 300)[n % 2], "output": "b"} for n in range(6)]))
+    for seed in range(5):
+        args = DataArguments(data_path=str(path), eval_split=0.4, max_length=200)
+        train, evaluation = load_training_data(args, preprocess_function, tokenizer_for(), seed)
+        assert (len(train.dataset), len(evaluation.dataset)) == (2, 1)
+    path.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "long " * 300, "output": "b"}]))
+    with pytest.raises(DataError, match="there is only one row"):
+        load_training_data(args, preprocess_function, tokenizer_for(), 1)
 
 
 @pytest.mark.parametrize("size", [0, 8 * 2**20], ids=["large", "small"])

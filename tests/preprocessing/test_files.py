@@ -206,9 +206,13 @@ def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ordered = ["data/a.parquet", "data/part-2.json", "data/part-10.json", "data/sub/part-1.csv.gz"]
     ordered = [str(Path(name)) for name in ordered]
     assert find_files("data") == find_files("./data/") == find_files("dat?") == ordered
+    with monkeypatch.context() as inside:
+        inside.chdir("data")
+        assert find_files(".") == find_files("./") == [os.path.relpath(file, "data") for file in ordered]
+    assert find_files("data/") == find_files("data/**/") == ordered
     assert find_files("data/part-*.json") == ordered[1:3]
     assert find_files("data/**/*.gz") == ordered[3:]
-    assert find_files("./data/part-2.json, data/*.json,data/part-2.json") == ordered[1:3]
+    assert find_files("./data/part-2.json, data/*.json,data/part-2.json,") == ordered[1:3]
     assert find_files("a,b.json") == ["a,b.json"] and find_files("x[1].json") == ["x[1].json"]
     assert find_files("data/_SUCCESS") == ["data/_SUCCESS"]  # named, so it is read
 

@@ -81,7 +81,23 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "",
         ["d<|im_end|>"],
     ),
-    "mask": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"mask": True, "weight": 1}, *TURNS[2:]]}, "", ["d<|im_end|>"]),
+    "mask": ({"messages": [OPEN_AI[0], OPEN_AI[1] | {"mask": True, "weight": 0}, *TURNS[2:]]}, "", ["d<|im_end|>"]),
+    "fields of a user's message": (
+        {"messages": [OPEN_AI[0] | {"train": True, "constraints": "x"}, OPEN_AI[1]]},
+        "",
+        ["b<|im_end|>"],
+    ),
+    "a part without a type": (
+        {"messages": [{"role": "user", "content": [{"text": "a"}]}, OPEN_AI[1]]},
+        "",
+        ["b<|im_end|>"],
+    ),
+    "no messages": (ROW | {"messages": [], "conversations": "[]"}, "", ["b<|im_end|>"]),
+    "TRL's halves as text": (
+        {"prompt": json.dumps(TURNS[:3]), "completion": json.dumps(TURNS[3:])},
+        "",
+        ["d<|im_end|>"],
+    ),
     "TRL's halves": ({"prompt": TURNS[:3], "completion": TURNS[3:]}, "", ["d<|im_end|>"]),
     "a good answer": (ROW | {"label": True}, "", ["b<|im_end|>"]),
     "a label word that is false": (ROW | {"output": "false", "label": "false"}, "", ["false<|im_end|>"]),
@@ -162,6 +178,22 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "half a loss weight": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_weight": "0.3"}]},
         ["message 2 has the loss_weight '0.3'; an answer is learnt, or not"],
+    ),
+    "masks that differ": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"mask": 1, "weight": 1}]},
+        ["message 2 has 'weight': is it learnt or not?"],
+    ),
+    "halves beside messages": (
+        {"messages": OPEN_AI, "prompt": OPEN_AI[:1], "completion": OPEN_AI[1:]},
+        ["has 'prompt' beside 'messages'"],
+    ),
+    "a part that is text": (
+        {"messages": [{"role": "user", "content": ["a"]}, OPEN_AI[1]]},
+        ["message 1: a part of 'content' is text, not"],
+    ),
+    "a part of an odd type": (
+        {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}, OPEN_AI[1]]},
+        ["message 1", "a part of type ['text']"],
     ),
     "an unclear mask": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_mask": 0}]},

@@ -129,7 +129,7 @@ def test_most_rows_choose_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture
     assert text[1:] == ["<think>\nhm\n</think>\n\nok<|im_end|>", " ok\n\n<|im_end|>", "ok<|im_end|>"]
     assert "2 rows have reasoning before their answer: trained in thinking mode" in capsys.readouterr().out
     for wanted, rows, thinking in [("auto", 4, False), ("auto", 3, True), ("on", 4, True)]:
-        choose_thinking(tokenizer, Summary(path, rows=rows, reasoning=2), wanted)
+        choose_thinking(tokenizer, Summary(path, kept=rows, reasoning=2), wanted)
         assert is_thinking(tokenizer) == thinking
 
 
