@@ -20,8 +20,7 @@ from finetuning.generation.generate import (
     make_generation_config,
     parse_generated,
 )
-from finetuning.generation.label_scoring import classify_in_batches
-from finetuning.generation.labels import labels_of_tasks
+from finetuning.generation.labels import classify_in_batches, labels_of_tasks
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.model.folder import METRICS
@@ -32,7 +31,7 @@ from finetuning.preprocessing.rows import Row, print_ignored, read_rows
 from finetuning.preprocessing.show import split_parts
 
 SAMPLE_TOKENS = 64  # of an answer that `show_answers` shows
-MOST_CHARACTERS = 300
+MAX_CHARACTERS = 300
 
 
 def load_rows(path: str, rename: dict[str, str] | None = None) -> list[Row]:
@@ -58,12 +57,8 @@ def answer_rows(
     labels: list[tuple[str, ...]] | None = None,
     disable_tqdm: bool = False,
 ) -> None:
-    """Answer the rows that `predictions` lacks, and add them to it batch by batch.
-
-    Args:
-        config: from `make_generation_config`.
-        labels: for each row the labels to choose from; None to generate the answers.
-    """
+    """Answer the rows that `predictions` lacks, and add them to it batch by batch; with `labels`, by choosing among
+    those of each row."""
     todo = [number for number in range(len(rows)) if number not in predictions.by_row]
     prompts = [encode_question(rows[number], tokenizer, f"row {number + 1}: ") for number in todo]
     if labels:
@@ -109,14 +104,13 @@ def evaluate(
     eval_metrics: bool,
     sample_answers: int,
     training_args: TrainingArguments,
-    divided: bool,
+    sharded: bool,
 ) -> str:
     """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
 
     Args:
-        eval_metrics: whether the evaluation rows are answered.
         sample_answers: how many answers are shown.
-        divided: whether this process has only a part of the base weights, and so cannot answer.
+        sharded: whether this process has only a part of the base weights, and so cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
@@ -126,8 +120,8 @@ def evaluate(
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
     command = f"{inference_command(output_dir)} --data_path {path}"
-    if divided:
-        say(f"no answers, as the model is divided; for them: {command}")
+    if sharded:
+        say(f"no answers, as the weights are sharded; for them: {command}")
         return ""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     place = "after the adapter was saved, while answering rows"
@@ -159,8 +153,8 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     of_adapter = generate(model, tokenizer, prompts, config)
     stop_ids = stop_token_ids(tokenizer)
     for example, start, base, adapter in zip(examples, starts, of_base, of_adapter, strict=True):
-        learnt = [token for token in example["input_ids"][start:] if token not in stop_ids]
-        right = "".join(parse_generated(tokenizer.decode(learnt), tokenizer))
+        supervised = [token for token in example["input_ids"][start:] if token not in stop_ids]
+        right = "".join(parse_generated(tokenizer.decode(supervised), tokenizer))
         name, text = f"row {example['row_number']}", adapter.thought + adapter.text
         say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")
         say(f"  right     {shorten(right)}")
@@ -170,5 +164,5 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
 
 def shorten(text: str) -> str:
     """The text in one line, without the middle of a long one."""
-    half = MOST_CHARACTERS // 2
-    return repr(text if len(text) <= MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}")
+    half = MAX_CHARACTERS // 2
+    return repr(text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}")

@@ -38,12 +38,12 @@ class Predictions:
             fail(f"--output_file '{output_file}' cannot be written: {error.strerror}")
         self.file.seek(0)
         content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run may leave half a line
-        self.file.truncate(len(whole))
-        if not whole:
+        complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave half a line
+        self.file.truncate(len(complete))
+        if not complete:
             self.write({"settings": settings})
             return
-        head, *lines = map(json.loads, whole.splitlines())
+        head, *lines = map(json.loads, complete.splitlines())
         for name, value in json.loads(json.dumps(settings)).items():
             if head["settings"].get(name) != value:
                 fail(
@@ -72,9 +72,9 @@ class Predictions:
         answered = [row | prediction for row, prediction in zip(rows, self.in_order(), strict=True)]
         if self.file:
             self.file.close()
-            whole = Path(self.output_file + ".whole")
+            complete = Path(self.output_file + ".complete")
             lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answered]  # dates as text
-            whole.write_text("".join(lines), encoding="utf-8")
-            os.replace(whole, self.output_file)
+            complete.write_text("".join(lines), encoding="utf-8")
+            os.replace(complete, self.output_file)
             self.partial.unlink()
         return answered
