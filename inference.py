@@ -142,14 +142,8 @@ def read_questions(args: InferenceArguments) -> list[Row]:
 
 
 def inference_dtype(device_type: str, stored: str | None, trained: str | None, has_bf16: bool) -> torch.dtype:
-    """The dtype of the base model: on a GPU, the half precision of the training; if there was none, bfloat16 if the
-    checkpoint is in it and the GPU has it, because activations of such models can exceed float16.
-
-    Args:
-        stored: dtype that the checkpoint's config.json names.
-        trained: dtype of the base model in training; None without an adapter.
-        has_bf16: whether the GPU computes in bfloat16, not only emulates it.
-    """
+    """The dtype of the base model: on a GPU the half precision that the adapter was trained with; if there is none,
+    bfloat16 for a checkpoint that is stored in it, whose activations may exceed float16, if the GPU computes in it."""
     if device_type == "cpu":
         return torch.float32
     if trained in ("float16", "bfloat16"):
@@ -160,11 +154,8 @@ def inference_dtype(device_type: str, stored: str | None, trained: str | None, h
 def load_for_inference(
     model_args: ModelArguments, adapter_path: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Load the base model with the adapter as it was trained; `model_args` overrides what the adapter says.
-
-    Returns:
-        model, tokenizer, and the contents of adapter_info.json.
-    """
+    """Load the base model with the adapter as it was trained; `model_args` overrides what the adapter says. The third
+    part of the result is the contents of adapter_info.json."""
     config, info = read_adapter(adapter_path) if adapter_path else ({}, {})
     if model_args.model_path is None:
         model_args.model_path = config.get("base_model_name_or_path") or ModelArguments.model_path
@@ -206,11 +197,7 @@ def describe_settings(model_args: ModelArguments, args: InferenceArguments) -> d
 def print_answers(
     rows: list[Row], predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments
 ) -> None:
-    """Print or write the answered rows, and print how good the answers are.
-
-    Args:
-        labels: the label words of each task in the training data.
-    """
+    """Print or write the answered rows, and print how good the answers are; `labels` are those of the training data."""
     answered = predictions.finish(rows)
     if not args.output_file:
         for row in answered:

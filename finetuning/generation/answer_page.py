@@ -31,7 +31,7 @@ def write_page(
     Args:
         predictions: for each row `prediction`, and perhaps `thought`, `cut` and `probabilities`.
         scores: as Markdown; "" if there are none.
-        sources: what the answers come from, to be shown by name.
+        sources: what the answers come from, by name.
     """
     articles = []
     for row, prediction in zip(rows, predictions, strict=True):

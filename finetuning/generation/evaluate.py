@@ -66,8 +66,7 @@ def answer_rows(
         batches = classify_in_batches(model, tokenizer, prompts, own, batch_size, config)
     else:
         batches = answer_in_batches(model, tokenizer, prompts, batch_size, config)
-    initial = len(rows) - len(todo)
-    with progress_bar("answering", "rows", len(rows), initial, disable_tqdm) as bar:
+    with progress_bar("answering", "rows", len(rows), len(rows) - len(todo), disable_tqdm) as bar:
         for places, batch in batches:
             predictions.add([todo[place] for place in places], batch)
             bar.update(len(places))
@@ -106,11 +105,8 @@ def evaluate(
     training_args: TrainingArguments,
     sharded: bool,
 ) -> str:
-    """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
-
-    Args:
-        sample_answers: how many answers are shown.
-        sharded: whether this process has only a part of the base weights, and so cannot answer.
+    """Answer the evaluation rows with a trained adapter, score the answers, and show a few, or a few of the training
+    rows if there are no others. A process that has only a part of the base weights (`sharded`) cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
@@ -138,12 +134,7 @@ def evaluate(
 
 
 def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, count: int) -> None:
-    """Print rows with the right answer, the base model's and the adapter's, the beginnings of long ones.
-
-    Args:
-        dataset: with the columns of `dataset.EXAMPLE`.
-        count: of rows, evenly spaced.
-    """
+    """Print some rows, evenly spaced, with the right answer, the base model's and the adapter's."""
     examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]
     starts = [split_parts(example["labels"])[-1][0] for example in examples]
     prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]

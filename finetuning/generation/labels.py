@@ -41,9 +41,8 @@ def find_labels(answers: Iterable[str]) -> list[str] | None:
 def label_words(counts: dict[str | None, int], most_odd: float = 0) -> list[str] | None:
     """The label words of a task; None if its answers are texts, or too few to tell.
 
-    Args:
-        counts: how often each answer comes, in order of appearance; None stands for those that are no label words.
-        most_odd: share of the answers that may be none.
+    `counts` says how often each answer comes. None stands for those that are no label words, of which there may be a
+    share of `most_odd`.
     """
     words, total = [word for word in counts if word is not None], sum(counts.values())
     is_task = len(words) > 1 and ROWS_PER_LABEL * len(words) <= total and counts.get(None, 0) <= most_odd * total
@@ -88,14 +87,8 @@ def parse_labels(text: str) -> tuple[str, ...]:
 
 
 def choose_labels(wanted: str, rows: list[Row], known: dict[str, list[str]]) -> list[tuple[str, ...]]:
-    """The labels for each row: those given with `--labels` or, with auto, those of its task in the training data.
-
-    Args:
-        known: the label words of each task in the training data: `labels_of_tasks`.
-
-    Raises:
-        SystemExit: code 2, if there are fewer than two labels, or none are known for a row's task.
-    """
+    """The labels for each row: those given with `--labels` or, with auto, the known ones of its task in the training
+    data, from `labels_of_tasks`."""
     if wanted != "auto":
         return [parse_labels(wanted)] * len(rows)
     if not known:

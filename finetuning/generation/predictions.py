@@ -16,15 +16,8 @@ class Predictions:
     """The predictions for the rows of a file: for each row number, from 0, a dict with `prediction` and more."""
 
     def __init__(self, output_file: str | None, settings: dict[str, Any]) -> None:
-        """Open the partial file, and read back what an interrupted run left in it.
-
-        Args:
-            output_file: None keeps the predictions in memory.
-            settings: everything that the predictions depend on.
-
-        Raises:
-            SystemExit: code 2, if there is a partial file of other settings, or none can be written.
-        """
+        """Open the partial file, and read back what an interrupted run left in it; a run with other settings, which are
+        everything that the predictions depend on, is refused. Without a file, the predictions are kept in memory."""
         self.output_file = output_file
         self.by_row: dict[int, dict[str, Any]] = {}
         self.file = None

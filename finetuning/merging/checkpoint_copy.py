@@ -168,13 +168,7 @@ def write_weights(
 
 
 def write_config(base: Checkpoint, output: Path, untied: bool, vocab_size: int, dtype: torch.dtype | None) -> None:
-    """Write config.json, changed as the weights were.
-
-    Args:
-        untied: whether the output layer now has weights of its own.
-        vocab_size: the rows of the embedding.
-        dtype: of the weights; None if they have that of the base.
-    """
+    """Write config.json, changed as the weights were by `write_weights`."""
     for part in (base.config, base.config.get("text_config", {})):  # a multimodal class has both
         if untied:
             part["tie_word_embeddings"] = False

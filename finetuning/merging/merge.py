@@ -75,7 +75,6 @@ def write_merged(
     Args:
         model: base and adapter; merged afterwards.
         tokenizer: that of the base, with the trained chat template.
-        output: an empty folder.
         plain_start: what a prompt in the plain format ends with, from `choose_plain_start`.
         dtype: of the weights; None leaves each as it is.
         sampling: whether answers are sampled as the base model's are, or greedy.
@@ -121,11 +120,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def lora_changes(model: PeftModel, adapter_path: str, base: Checkpoint) -> dict[str, Change]:
     """What a LoRA adapter changes: the matrices that it has a product for, and tensors that it holds as a whole.
 
-    The arithmetic is PEFT's, in float32: DoRA, rsLoRA and the others come out as they are computed there.
-
-    Args:
-        model: the base with the adapter. Its adapted layers are merged as they are written.
-        base: an adapter that changes a tensor which it lacks is refused.
+    The arithmetic is PEFT's, in float32: DoRA, rsLoRA and the others come out as they are computed there. The layers of
+    `model` are merged one by one, when they are written.
     """
     base_model, changes = model.get_base_model(), {}
     with safe_open(Path(adapter_path, WEIGHTS), "pt") as file:
@@ -185,9 +181,8 @@ def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, embedding: s
 
     Args:
         prompt: (num_virtual_tokens, hidden_size).
-        used: ids that the tokenizer knows.
+        used: number of ids that the tokenizer knows.
         rows: of the embedding afterwards.
-        embedding: its name in the checkpoint.
     """
     new_ids = slice(used, used + len(prompt))
 

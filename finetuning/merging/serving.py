@@ -57,12 +57,8 @@ def soft_tokens(count: int) -> list[str]:
 
 
 def serve_template(template: str, tokens: list[str], plain_start: str = "") -> str:
-    """The template of a merged checkpoint, from the one beside its adapter.
-
-    Args:
-        tokens: those of a soft prompt, which every conversation begins with.
-        plain_start: what a prompt in the plain format ends with, from `choose_plain_start`.
-    """
+    """The template of a merged checkpoint, from the one beside its adapter: every conversation begins with `tokens`, a
+    prompt in the plain format ends with `plain_start`."""
     head = next((mark for mark in (*THINKING_SWITCH.values(), PLAIN_MARK) if template.startswith(mark)), "")
     tail = NO_REASONING if template.endswith(NO_REASONING) else ""
     body = template.removeprefix(head).removesuffix(tail).removeprefix(MERGED_MARK)
@@ -112,11 +108,7 @@ def find_converter(llama_cpp: str) -> Path:
 
 
 def write_gguf(converter: Path, folder: str, dtype: torch.dtype, modelfile: str | None) -> None:
-    """Convert a merged checkpoint, which stays if the converter fails, to a GGUF file in its folder.
-
-    Args:
-        modelfile: for Ollama, from `make_modelfile`.
-    """
+    """Convert a merged checkpoint, which stays if the converter fails, to a GGUF file in its folder."""
     file = Path(folder, GGUF)
     command = [sys.executable, str(converter), folder, "--outfile", str(file), "--outtype", OUTPUT_TYPES[dtype]]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
