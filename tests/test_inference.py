@@ -121,7 +121,9 @@ def test_a_bare_model_on_a_gpu(
         content["text_config"] = {"model_type": content["model_type"], "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated
+    )
     loader = Mock(return_value=make_model())
     monkeypatch.setattr(inference, "load_model", loader)
     inference.load_for_inference(ModelArguments(str(folder)), None)
