@@ -38,7 +38,7 @@ from finetuning.generation.generate import (
 from finetuning.generation.labels import choose_labels
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
-from finetuning.model.base_model import check_model_path
+from finetuning.model.base_model import check_model_path, checkpoint_dtype
 from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, load_adapter, read_adapter, use_trained_format
 from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.flags import FieldArguments
@@ -104,13 +104,9 @@ class InferenceArguments(FieldArguments):
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
 
-
-def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_tokens: int) -> list[str]:
-    """The flags that save memory while answering and are not used yet, in the order to try them."""
-    in_batches = args.batch_size > 1 and args.instruction is None and not args.interactive
-    flags = [f"--batch_size {max(1, args.batch_size // 4)}"] if in_batches else []
-    flags += [] if model_args.load_in_4bit else ["--load_in_4bit True"]
-    return flags + ([] if args.labels else [f"--max_new_tokens {max(1, max_new_tokens // 2)}"])
+    @property
+    def rows_path(self) -> str:
+        return self.data_path or beside_scripts("data/test.json")
 
 
 def parse_inference_arguments(
@@ -131,61 +127,97 @@ def parse_inference_arguments(
     return model_args, args
 
 
+def read_questions(args: InferenceArguments) -> list[Row]:
+    """The rows to answer: the instruction, or those of the data file; without either the first few of the samples."""
+    if args.interactive or args.instruction is not None:
+        row = {"instruction": args.instruction, "input": args.input}
+        return [row | {"task": args.tasks} if args.tasks else row]
+    rows = load_rows(args.rows_path, args.rename)
+    if args.tasks:
+        tasks = [task.strip() for task in args.tasks.split(",")]
+        rows = [row for row in rows if "task" in row and task_of(row) in tasks]
+        if not rows:
+            fail(f"--tasks {args.tasks}: {args.rows_path} has no row with such a 'task'")
+    return rows if args.data_path else rows[:SAMPLE_ROWS]
+
+
+def inference_dtype(device_type: str, stored: str | None, trained: str | None, has_bf16: bool) -> torch.dtype:
+    """The dtype of the base model: on a GPU the half precision that the adapter was trained with; if there is none,
+    bfloat16 for a checkpoint that is stored in it, whose activations may exceed float16, if the GPU computes in it."""
+    if device_type == "cpu":
+        return torch.float32
+    if trained in ("float16", "bfloat16"):
+        return getattr(torch, trained)
+    return torch.bfloat16 if stored == "bfloat16" and has_bf16 else torch.float16
+
+
 def load_for_inference(
     model_args: ModelArguments, adapter_path: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Load the base model with the adapter as it was trained; `model_args` overrides what the adapter says.
-
-    Returns:
-        model, tokenizer, and the contents of adapter_info.json.
-    """
+    """Load the base model with the adapter as it was trained; `model_args` overrides what the adapter says. The third
+    part of the result is the contents of adapter_info.json."""
     config, info = read_adapter(adapter_path) if adapter_path else ({}, {})
     if model_args.model_path is None:
         model_args.model_path = config.get("base_model_name_or_path") or ModelArguments.model_path
         check_model_path(model_args.model_path, f"the base model of '{adapter_path}'" if config else "--model_path")
     if model_args.load_in_4bit is None:
         model_args.load_in_4bit = info.get("quantization") is not None
-
     tokenizer = load_tokenizer(model_args, info.get("prompt_format", "auto"))
     if adapter_path:
         use_trained_format(tokenizer, adapter_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained_in_bf16 = info and info["base_fingerprint"]["dtype"] == "bfloat16"
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if trained_in_bf16 else torch.float16
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    trained = info["base_fingerprint"]["dtype"] if info else None
+    dtype = inference_dtype(device.type, checkpoint_dtype(model_args.model_path), trained, has_bf16)
     model = load_model(model_args, dtype, device)
     with memory_advice(device, [] if model_args.load_in_4bit else ["--load_in_4bit True"], "while loading the adapter"):
         model = load_adapter(model, adapter_path, info) if adapter_path else model.eval()
     return model, tokenizer, info
 
 
-def read_questions(path: str, args: InferenceArguments) -> list[Row]:
-    """The rows of a data file that are to be answered; without --data_path, the first few of the sample rows."""
-    rows = load_rows(path, args.rename)
-    if args.tasks:
-        tasks = [task.strip() for task in args.tasks.split(",")]
-        rows = [row for row in rows if "task" in row and task_of(row) in tasks]
-        if not rows:
-            fail(f"--tasks {args.tasks}: {path} has no row with such a 'task'")
-    return rows if args.data_path else rows[:SAMPLE_ROWS]
+def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_tokens: int) -> list[str]:
+    """The flags that save memory while answering and are not used yet, in the order to try them."""
+    in_batches = args.batch_size > 1 and args.instruction is None and not args.interactive
+    flags = [f"--batch_size {max(1, args.batch_size // 4)}"] if in_batches else []
+    flags += [] if model_args.load_in_4bit else ["--load_in_4bit True"]
+    return flags + ([] if args.labels else [f"--max_new_tokens {max(1, max_new_tokens // 2)}"])
 
 
-def describe_settings(model_args: ModelArguments, args: InferenceArguments, path: str) -> dict[str, Any]:
+def describe_settings(model_args: ModelArguments, args: InferenceArguments) -> dict[str, Any]:
     """Everything that the predictions for a data file depend on."""
     names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
     settings = {"model_path": model_args.model_path, "load_in_4bit": model_args.load_in_4bit}
-    settings |= {"data_sha256": hash_files(find_files(path)), "fields": args.rename}
+    settings |= {"data_sha256": hash_files(find_files(args.rows_path)), "fields": args.rename}
     settings |= {name: getattr(args, name) for name in names}
     if args.adapter_path:
         settings["adapter_sha256"] = hashlib.sha256(Path(args.adapter_path, WEIGHTS).read_bytes()).hexdigest()
     return settings
 
 
+def print_answers(
+    rows: list[Row], predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments
+) -> None:
+    """Print or write the answered rows, and print how good the answers are; `labels` are those of the training data."""
+    answered = predictions.finish(rows)
+    if not args.output_file:
+        for row in answered:
+            print(json.dumps(without_answer(row), ensure_ascii=False, default=str))  # a date of a Parquet file
+    metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
+    sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
+    scores = report(rows, predictions.in_order(), labels, metrics_file, **sources)
+    if args.output_file:
+        say(f"answers are in {args.output_file}, scores in {metrics_file}")
+    if args.report:
+        try:
+            write_page(args.report, rows, predictions.in_order(), scores, **sources)
+        except OSError as error:
+            fail(f"--report '{args.report}' cannot be written: {error.strerror}", 1)
+        say(f"the answers as a page: {args.report}")
+
+
 def main() -> None:
     model_args, args = parse_inference_arguments(__doc__)
-    instruction = {"instruction": args.instruction, "input": args.input} | ({"task": args.tasks} if args.tasks else {})
-    one_row = args.interactive or args.instruction is not None
-    path = args.data_path or beside_scripts("data/test.json")
-    rows = [instruction] if one_row else read_questions(path, args)
+    rows = read_questions(args)
     model, tokenizer, info = load_for_inference(model_args, args.adapter_path)
     labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None
     if labels and info.get("thinking") and not is_thinking(tokenizer):
@@ -202,38 +234,13 @@ def main() -> None:
             if args.interactive:
                 chat(model, tokenizer, config)
             elif args.instruction is not None:
-                answer_instruction(model, tokenizer, instruction, config, labels)
+                answer_instruction(model, tokenizer, rows[0], config, labels)
             else:
-                predictions = Predictions(args.output_file, describe_settings(model_args, args, path))
+                predictions = Predictions(args.output_file, describe_settings(model_args, args))
                 answer_rows(model, tokenizer, rows, predictions, args.batch_size, config, labels)
                 print_answers(rows, predictions, info.get("labels", {}), args)
     except KeyboardInterrupt:
         fail("stopped" + ("; the same command resumes from here" if args.output_file else ""), 130)
-
-
-def print_answers(
-    rows: list[Row], predictions: Predictions, labels: dict[str, list[str]], args: InferenceArguments
-) -> None:
-    """Print or write the answered rows, and print how good the answers are.
-
-    Args:
-        labels: the label words of each task in the training data.
-    """
-    answered = predictions.finish(rows)
-    if not args.output_file:
-        for row in answered:
-            print(json.dumps(without_answer(row), ensure_ascii=False, default=str))  # a date of a Parquet file
-    metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
-    sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
-    scores = report(rows, predictions.in_order(), labels, metrics_file, **sources)
-    if args.output_file:
-        say(f"answers are in {args.output_file}, scores in {metrics_file}")
-    if args.report:
-        try:
-            write_page(args.report, rows, predictions.in_order(), scores, **sources)
-        except OSError as error:
-            fail(f"--report '{args.report}' cannot be written: {error.strerror}", 1)
-        say(f"the answers as a page: {args.report}")
 
 
 if __name__ == "__main__":

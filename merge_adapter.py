@@ -6,7 +6,7 @@
 The result is compared with base model and adapter before it gets its name. docs/serving.md says how to serve it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
@@ -17,20 +17,10 @@ from peft import PeftModel
 from common import load_model, load_tokenizer
 from finetuning.cli.arguments import TRUST, ModelArguments, ScriptParser, beside_scripts, flag
 from finetuning.generation.evaluate import load_rows
-from finetuning.merging.checkpoint_copy import (
-    DTYPES,
-    check_not_quantised,
-    check_output,
-    find_folder,
-    give_name,
-    result_size,
-    stored_dtype,
-    unverified_folder,
-)
-from finetuning.merging.gguf import GGUF, find_converter, write_gguf
+from finetuning.merging.checkpoint_copy import Checkpoint, check_output, give_name, unverified_folder
 from finetuning.merging.merge import check_can_merge, export_adapter, write_merged
-from finetuning.merging.served_template import choose_plain_start, write_modelfile
-from finetuning.merging.verification import compare, load_served, make_reference
+from finetuning.merging.serving import choose_plain_start, find_converter, make_modelfile, write_gguf
+from finetuning.merging.verification import answer_alone, compare, load_served
 from finetuning.model.base_model import check_model_path
 from finetuning.model.folder import load_adapter, read_adapter, use_trained_format
 from finetuning.model.hub import create_repository, upload
@@ -44,7 +34,9 @@ class MergeArguments:
     adapter_path: str = flag("outputs/lora", "folder of a saved adapter")
     output_dir: str = flag("outputs/merged", "a new folder for the result")
     model_path: str | None = flag(None, "the base model in 16 or 32 bits; left out: the one that the adapter names")
-    dtype: str | None = flag(None, "of the weights; left out: as in the base model", choices=list(DTYPES))
+    dtype: str | None = flag(
+        None, "of the weights; left out: as in the base model", choices=["float32", "float16", "bfloat16"]
+    )
     keep_sampling: bool = flag(False, "the result samples its answers as the base model does; otherwise it is greedy")
     check_data_path: str = flag(beside_scripts("data/test.json"), "rows to compare the result on")
     check_rows: int = flag(8, "how many of these rows, evenly spaced")
@@ -71,55 +63,61 @@ class MergeArguments:
 def main() -> None:
     (args,) = ScriptParser((MergeArguments,), __doc__).parse()
     converter = find_converter(args.llama_cpp) if args.gguf else None
-    adapter, info = read_adapter(args.adapter_path)
-    check_can_merge(args.adapter_path, adapter, args.export)
-    path = args.model_path or adapter.get("base_model_name_or_path") or ""
+    config, info = read_adapter(args.adapter_path)
+    check_can_merge(args.adapter_path, config, args.export)
+    path = args.model_path or config.get("base_model_name_or_path") or ""
     check_model_path(path, "--model_path" if args.model_path else f"the base model of '{args.adapter_path}'")
-    folder = find_folder(path)
-    check_not_quantised(folder)
-    dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(folder)
-    check_output(args.output_dir, result_size(folder, dtype) * (2 if args.gguf else 1))
+    base = Checkpoint(path)
+    base.check_not_quantised()
+    new_dtype = getattr(torch, args.dtype) if args.dtype else None
+    dtype = new_dtype or base.dtype
+    check_output(args.output_dir, base.size_in(dtype) * (2 if args.gguf else 1))
     rows = load_rows(args.check_data_path)
     rows = rows[:: max(1, len(rows) // args.check_rows)][: args.check_rows]
     repository = create_repository(args.hub_model_id, args.output_dir) if args.push_to_hub else None
 
-    base = ModelArguments(path, False, args.trust_remote_code)
-    tokenizer = load_tokenizer(base, info.get("prompt_format", "auto"))
+    tokenizer = load_tokenizer(ModelArguments(path, False, args.trust_remote_code), info.get("prompt_format", "auto"))
     use_trained_format(tokenizer, args.adapter_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = dtype if device.type == "cuda" else torch.float32
 
-    def load(model_args: ModelArguments) -> PeftModel:
-        return load_adapter(load_model(model_args, computed, device), args.adapter_path, info)
+    def load(in_4bit: bool) -> PeftModel:
+        base_model = load_model(ModelArguments(path, in_4bit, args.trust_remote_code), computed, device)
+        return load_adapter(base_model, args.adapter_path, info)
 
-    references = {}
-    if info.get("quantization"):  # nothing can be merged into what it was trained on: the difference is told
-        references["4-bit base and adapter"] = make_reference(load(replace(base, load_in_4bit=True)), tokenizer, rows)
-    model = load(base)
-    reference = references["base and adapter"] = make_reference(model, tokenizer, rows)
-    start, soft_ids = "", []
+    # nothing can be merged into 4-bit weights: how far the result is from what was trained on them is only printed
+    trained = answer_alone(load(in_4bit=True), tokenizer, rows) if info.get("quantization") else None
+    model = load(in_4bit=False)
+    expected = answer_alone(model, tokenizer, rows)
+    plain_start, soft_ids = "", []
     with unverified_folder(args.output_dir) as output:
         if args.export == "peft":
-            export_adapter(args.adapter_path, folder, output)
-            model, _ = load_served(folder, computed, device, args.trust_remote_code)
+            export_adapter(args.adapter_path, base, output)
+            model, _ = load_served(base.folder, computed, device, args.trust_remote_code)
             model = PeftModel.from_pretrained(model, output)
         else:
-            start = choose_plain_start(tokenizer, reference.questions, reference.answers)
-            target = DTYPES[args.dtype] if args.dtype else None
+            plain_start = choose_plain_start(
+                tokenizer, [row.question for row in expected], [row.answer for row in expected]
+            )
             soft_ids = write_merged(
-                model, tokenizer, args.adapter_path, folder, output, start, target, args.keep_sampling
+                model, tokenizer, args.adapter_path, base, output, plain_start, new_dtype, args.keep_sampling
             )
             del model  # two of them may be too many
             model, tokenizer = load_served(output, computed, device, args.trust_remote_code)
-    for name, reference in references.items():
-        comparison = compare(model, tokenizer, reference, soft_ids, tokenize([start], tokenizer)[0])
-        comparison.print(f"compared with {name}")
+    start_ids = tokenize([plain_start], tokenizer)[0]
+    if trained:
+        compare(model, tokenizer, trained, soft_ids, start_ids).print("compared with 4-bit base and adapter")
+    comparison = compare(model, tokenizer, expected, soft_ids, start_ids)
+    comparison.print("compared with base and adapter")
     if not comparison.is_good(dtype):
-        fail(f"the result does not answer as base and adapter do: it keeps the name {output}", 1)
+        coarse = comparison.loses_adapter() and dtype != torch.float32
+        advice = f";\n{str(dtype)[6:]} rounds away what this adapter changes: try --dtype float32" if coarse else ""
+        fail(f"the result does not answer as base and adapter do: it keeps the name {output}{advice}", 1)
     give_name(output, args.output_dir)
     say(f"saved in {args.output_dir}")
+
     if converter:
-        write_gguf(converter, args.output_dir, dtype, write_modelfile(tokenizer, GGUF, not args.keep_sampling))
+        write_gguf(converter, args.output_dir, dtype, make_modelfile(tokenizer, greedy=not args.keep_sampling))
     if repository:
         upload(args.output_dir, repository)
     if args.export == "checkpoint":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,6 +88,47 @@ def test_checkpointing_and_dropout_are_off(adapter_path: str, base_path: str) ->
     model, *_ = inference.load_for_inference(ModelArguments(model_path=None, load_in_4bit=None), adapter_path)
     assert not any(module.training for module in model.modules())
     assert not model.get_base_model().is_gradient_checkpointing
+
+
+DTYPES = {
+    "a CPU": (("cpu", "bfloat16", "bfloat16", False), torch.float32),
+    "an adapter keeps float16": (("cuda", "bfloat16", "float16", True), torch.float16),
+    "an adapter keeps bfloat16": (("cuda", "float16", "bfloat16", False), torch.bfloat16),
+    "an adapter of a CPU": (("cuda", "bfloat16", "float32", True), torch.bfloat16),
+    "no adapter": (("cuda", "bfloat16", None, True), torch.bfloat16),
+    "no bfloat16": (("cuda", "bfloat16", None, False), torch.float16),
+    "a float16 checkpoint": (("cuda", "float16", None, True), torch.float16),
+    "an unknown checkpoint": (("cuda", None, None, True), torch.float16),
+}
+
+
+@pytest.mark.parametrize(("given", "dtype"), DTYPES.values(), ids=DTYPES)
+def test_half_precision(given: tuple, dtype: torch.dtype) -> None:
+    """Qwen is trained in bfloat16, and overflows float16."""
+    assert inference.inference_dtype(*given) == dtype
+
+
+@pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"text_config": {}}, {}])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_a_bare_model_on_a_gpu(
+    config: dict[str, Any], emulated: bool, base_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 if its config.json names it, perhaps of its text part, and the GPU does not only emulate it."""
+    folder = Path(shutil.copytree(base_path, tmp_path / "model"))
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = {name: value for name, value in content.items() if "dtype" not in name} | config
+    if "text_config" in config:
+        content["text_config"] = {"model_type": content["model_type"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulated
+    )
+    loader = Mock(return_value=make_model())
+    monkeypatch.setattr(inference, "load_model", loader)
+    inference.load_for_inference(ModelArguments(str(folder)), None)
+    _, dtype, device = loader.call_args.args
+    assert dtype == (torch.bfloat16 if config and not emulated else torch.float16) and device.type == "cuda"
 
 
 # ---- traps 10, 35, 36, 42: the wrong adapter, the wrong base

@@ -23,7 +23,7 @@ from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import encode_question
 from finetuning.merging import checkpoint_copy, verification
 from finetuning.merging.merge import soft_prompt_changes
-from finetuning.merging.served_template import soft_tokens
+from finetuning.merging.serving import soft_tokens
 from finetuning.model import hub
 from finetuning.model.folder import describe_adapter
 from finetuning.model.soft_prompts import SoftPromptModel
@@ -408,21 +408,33 @@ def test_a_result_that_answers_otherwise(merge: Run, tmp_path: Path, monkeypatch
     """Exit code 1, and the folder keeps a name that says so: no effect, other prompts, half of the effect."""
     save_random_adapter(save_base(tmp_path / "base", "qwen2"), tmp_path / "adapter", "lora")
 
-    def breaks(name: str, replacement: Any, *flags: Any) -> None:
+    def breaks(name: str, replacement: Any, *flags: Any) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(f"finetuning.merging.merge.{name}", replacement)
             message = merge(*flags, expected=1)
         assert f"keeps the name {tmp_path / 'merged.unverified'}" in message and not (tmp_path / "merged").exists()
         assert "is in the way" in merge(expected=2)
         shutil.rmtree(tmp_path / "merged.unverified")
+        return message
 
     breaks("lora_changes", lambda *rest: {})
     breaks("serve_template", lambda template, *rest: template.replace("Instruction", "instruction"))
     save_random_adapter(str(tmp_path / "base"), tmp_path / "adapter", "lora", lora_alpha=0.5)  # lightly trained
     for dtype in ("float32", "float16", "bfloat16"):
-        breaks("lora_changes", lambda *rest: {}, "--dtype", dtype)
+        message = breaks("lora_changes", lambda *rest: {}, "--dtype", dtype)
+        assert ("try --dtype float32" in message) == (dtype != "float32")
     save_random_adapter(str(tmp_path / "base"), tmp_path / "adapter", "soft prompt")
     breaks("soft_prompt_changes", lambda prompt, *rest: soft_prompt_changes(prompt / 2, *rest))
+
+
+def test_a_light_adapter_wants_float32(merge: Run, tmp_path: Path) -> None:
+    """Rounding to bfloat16 takes a large part of what it changes; the message names what keeps it."""
+    save_random_adapter(save_base(tmp_path / "base", "qwen2"), tmp_path / "adapter", "lora", lora_alpha=0.02)
+    assert "bfloat16 rounds away what this adapter changes: try --dtype float32" in merge(
+        "--dtype", "bfloat16", expected=1
+    )
+    shutil.rmtree(tmp_path / "merged.unverified")
+    assert read_difference(merge("--dtype", "float32")) < 1e-3
 
 
 def test_mistakes(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,11 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from finetuning.generation.generate import without_answer
-from finetuning.generation.metrics import by_task
-from finetuning.preprocessing.rows import expected_answer
+from finetuning.preprocessing.rows import expected_answer, task_of
 
 # What a difference is made of: a word of an alphabet or a number; else a character, as in Chinese.
 UNIT = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u0370-\u052f]+|.", re.DOTALL)
-MOST_COMPARED = 2_000_000  # pairs of units; the time of a comparison grows with them
+MAX_COMPARED = 2_000_000  # pairs of units; the time of a comparison grows with them
 
 
 def sha256(text: str) -> str:
@@ -32,14 +31,12 @@ def write_page(
     Args:
         predictions: for each row `prediction`, and perhaps `thought`, `cut` and `probabilities`.
         scores: as Markdown; "" if there are none.
-        sources: what the answers come from, to be shown by name.
+        sources: what the answers come from, by name.
     """
-    tasks = by_task(rows)
-    task_of = {number: task for task, numbers in tasks.items() for number in numbers}
     articles = []
-    for number, (row, prediction) in enumerate(zip(rows, predictions, strict=True)):
+    for row, prediction in zip(rows, predictions, strict=True):
         verdict = judge(row, prediction)
-        articles.append((task_of[number], prediction, verdict, list_texts(row, prediction, verdict)))
+        articles.append((task_of(row), prediction, verdict, list_texts(row, prediction, verdict)))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -47,7 +44,7 @@ def write_page(
     text = environment.get_template("answer_page.html.jinja").render(
         articles=articles,
         verdicts=[verdict for _, _, verdict, _ in articles],
-        tasks={task: number for number, task in enumerate(tasks)},
+        tasks={task: number for number, task in enumerate(dict.fromkeys(map(task_of, rows)))},
         source=", ".join(f"{name} {value}" for name, value in sources.items() if value),
         scores=scores,
     )
@@ -83,7 +80,7 @@ def list_texts(row: dict[str, Any], prediction: dict[str, Any], verdict: str) ->
 def mark_difference(answer: str, expected: str) -> tuple[str, str]:
     """Two texts with marks on what the answer has too much and on what it lacks; without marks if both are long."""
     units, wanted = UNIT.findall(answer), UNIT.findall(expected)
-    if len(units) * len(wanted) > MOST_COMPARED:
+    if len(units) * len(wanted) > MAX_COMPARED:
         return answer, expected
     first, second = [], []
     for kind, start, end, its_start, its_end in SequenceMatcher(None, units, wanted, autojunk=False).get_opcodes():

@@ -20,8 +20,7 @@ from finetuning.generation.generate import (
     make_generation_config,
     parse_generated,
 )
-from finetuning.generation.label_scoring import classify_in_batches
-from finetuning.generation.labels import labels_of_tasks
+from finetuning.generation.labels import classify_in_batches, labels_of_tasks
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.model.folder import METRICS
@@ -32,7 +31,7 @@ from finetuning.preprocessing.rows import Row, print_ignored, read_rows
 from finetuning.preprocessing.show import split_parts
 
 SAMPLE_TOKENS = 64  # of an answer that `show_answers` shows
-MOST_CHARACTERS = 300
+MAX_CHARACTERS = 300
 
 
 def load_rows(path: str, rename: dict[str, str] | None = None) -> list[Row]:
@@ -58,12 +57,8 @@ def answer_rows(
     labels: list[tuple[str, ...]] | None = None,
     disable_tqdm: bool = False,
 ) -> None:
-    """Answer the rows that `predictions` lacks, and add them to it batch by batch.
-
-    Args:
-        config: from `make_generation_config`.
-        labels: for each row the labels to choose from; None to generate the answers.
-    """
+    """Answer the rows that `predictions` lacks, and add them to it batch by batch; with `labels`, by choosing among
+    those of each row."""
     todo = [number for number in range(len(rows)) if number not in predictions.by_row]
     prompts = [encode_question(rows[number], tokenizer, f"row {number + 1}: ") for number in todo]
     if labels:
@@ -71,8 +66,7 @@ def answer_rows(
         batches = classify_in_batches(model, tokenizer, prompts, own, batch_size, config)
     else:
         batches = answer_in_batches(model, tokenizer, prompts, batch_size, config)
-    initial = len(rows) - len(todo)
-    with progress_bar("answering", "rows", len(rows), initial, disable_tqdm) as bar:
+    with progress_bar("answering", "rows", len(rows), len(rows) - len(todo), disable_tqdm) as bar:
         for places, batch in batches:
             predictions.add([todo[place] for place in places], batch)
             bar.update(len(places))
@@ -109,14 +103,10 @@ def evaluate(
     eval_metrics: bool,
     sample_answers: int,
     training_args: TrainingArguments,
-    divided: bool,
+    sharded: bool,
 ) -> str:
-    """Answer the evaluation rows with a trained adapter and score the answers, and show a few of them or of the others.
-
-    Args:
-        eval_metrics: whether the evaluation rows are answered.
-        sample_answers: how many answers are shown.
-        divided: whether this process has only a part of the base weights, and so cannot answer.
+    """Answer the evaluation rows with a trained adapter, score the answers, and show a few, or a few of the training
+    rows if there are no others. A process that has only a part of the base weights (`sharded`) cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
@@ -126,8 +116,8 @@ def evaluate(
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
     command = f"{inference_command(output_dir)} --data_path {path}"
-    if divided:
-        say(f"no answers, as the model is divided; for them: {command}")
+    if sharded:
+        say(f"no answers, as the weights are sharded; for them: {command}")
         return ""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation
     place = "after the adapter was saved, while answering rows"
@@ -144,12 +134,7 @@ def evaluate(
 
 
 def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, count: int) -> None:
-    """Print rows with the right answer, the base model's and the adapter's, the beginnings of long ones.
-
-    Args:
-        dataset: with the columns of `dataset.EXAMPLE`.
-        count: of rows, evenly spaced.
-    """
+    """Print some rows, evenly spaced, with the right answer, the base model's and the adapter's."""
     examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]
     starts = [split_parts(example["labels"])[-1][0] for example in examples]
     prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
@@ -159,8 +144,8 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     of_adapter = generate(model, tokenizer, prompts, config)
     stop_ids = stop_token_ids(tokenizer)
     for example, start, base, adapter in zip(examples, starts, of_base, of_adapter, strict=True):
-        learnt = [token for token in example["input_ids"][start:] if token not in stop_ids]
-        right = "".join(parse_generated(tokenizer.decode(learnt), tokenizer))
+        supervised = [token for token in example["input_ids"][start:] if token not in stop_ids]
+        right = "".join(parse_generated(tokenizer.decode(supervised), tokenizer))
         name, text = f"row {example['row_number']}", adapter.thought + adapter.text
         say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")
         say(f"  right     {shorten(right)}")
@@ -170,5 +155,5 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
 
 def shorten(text: str) -> str:
     """The text in one line, without the middle of a long one."""
-    half = MOST_CHARACTERS // 2
-    return repr(text if len(text) <= MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}")
+    half = MAX_CHARACTERS // 2
+    return repr(text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -39,9 +40,6 @@ def make_generation_config(
 
     Every value that matters is set, because `generate` takes missing ones from the model's own configuration: that of
     Qwen2.5-Instruct asks for sampling and a repetition penalty of 1.05.
-
-    Args:
-        max_new_tokens: None for MAX_NEW_TOKENS or, in thinking mode, MAX_THINKING_TOKENS.
     """
     if max_new_tokens is None:
         max_new_tokens = MAX_THINKING_TOKENS if is_thinking(tokenizer) else MAX_NEW_TOKENS
@@ -66,11 +64,7 @@ def without_answer(row: Row) -> Row:
 
 
 def encode_question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "") -> list[int]:
-    """The prompt of a row: its token ids up to the beginning of the answer.
-
-    Args:
-        where: the row, for the error message.
-    """
+    """The prompt of a row: its token ids up to the beginning of the answer. Errors begin with `where`."""
     try:
         return encode(to_messages(without_answer(row), tokenizer), tokenizer)[-1]["input_ids"]
     except DataError as error:
@@ -94,11 +88,9 @@ def generate(
     config: GenerationConfig,
     streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
-    """Answer a batch of prompts. Each prompt gets the answer that it would get alone.
+    """Answer a batch of prompts of any lengths. Each gets the answer that it would get alone.
 
     Args:
-        prompts: token ids, of any lengths.
-        config: from `make_generation_config`.
         streamer: gets each token as it is generated; for a single prompt only.
     """
     input_ids, attention_mask = pad_left(model, prompts, config.pad_token_id)
@@ -126,17 +118,14 @@ def generate(
 
 
 def pad_left(model: PreTrainedModel, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a batch of prompts, each after the model's virtual tokens if it has any, padded on the left.
-
-    Returns:
-        `input_ids` and `attention_mask`, (B, L) on the model's device.
-    """
-    if isinstance(model, SoftPromptModel):
-        prompts = [model.virtual_tokens + ids for ids in prompts]
-    length = max(map(len, prompts))
-    input_ids = [[pad_id] * (length - len(ids)) + ids for ids in prompts]
-    attention_mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
-    return torch.tensor(input_ids, device=model.device), torch.tensor(attention_mask, device=model.device)
+    """`input_ids` and `attention_mask`, (B, L) on the model's device: each prompt padded on the left, after the model's
+    virtual tokens if it has any."""
+    virtual = model.virtual_tokens if isinstance(model, SoftPromptModel) else []
+    rows = [torch.tensor(virtual + prompt, dtype=torch.long) for prompt in prompts]
+    masks = [torch.ones_like(row) for row in rows]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    attention_mask = pad_sequence(masks, batch_first=True, padding_side="left")
+    return input_ids.to(model.device), attention_mask.to(model.device)
 
 
 def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
@@ -156,13 +145,11 @@ def answer_in_batches(
     """Answer prompts in batches. Yields the numbers of a batch's prompts, and for each `prediction`, perhaps `thought`
     and `cut`."""
     for numbers in batches_by_length(prompts, batch_size):
-        answers = generate(model, tokenizer, [prompts[number] for number in numbers], config)
-        yield numbers, [describe(answer) for answer in answers]
-
-
-def describe(answer: Answer) -> dict[str, Any]:
-    more = {"thought": answer.thought, "cut": answer.cut}
-    return {"prediction": answer.text} | {name: value for name, value in more.items() if value}
+        predictions = []
+        for answer in generate(model, tokenizer, [prompts[number] for number in numbers], config):
+            more = {"thought": answer.thought, "cut": answer.cut}
+            predictions.append({"prediction": answer.text} | {name: value for name, value in more.items() if value})
+        yield numbers, predictions
 
 
 class AnswerStreamer(BaseStreamer):

@@ -15,14 +15,9 @@ from finetuning.preprocessing.rows import expected_answer, task_of
 
 OTHER = "(other)"  # in a confusion matrix: any answer that is not a label
 LARGEST_TABLE = 12  # labels; a larger confusion matrix is only in the file
-MOST_DRAWN = 40  # labels; a larger matrix is only in the file of the scores
+MAX_DRAWN = 40  # labels; a larger matrix is only in the file of the scores
 # Parts of the file names of fonts that have Chinese characters; matplotlib's own has none.
 CHINESE_FONTS = ("cjk", "sourcehan", "pingfang", "hiragino", "heiti", "msyh", "simhei", "wqy", "arial unicode")
-
-
-def missing_scorers() -> list[str]:
-    """The packages that `score` lacks: the README's shortest pip command does not install them."""
-    return [name for module, name in (("sacrebleu", "sacrebleu"), ("sklearn", "scikit-learn")) if not find_spec(module)]
 
 
 def report(
@@ -48,8 +43,11 @@ def report(
     head |= {"rows": len(rows), "cut": cut}
     table = ""
     numbers = [number for number, row in enumerate(rows) if expected_answer(row) is not None]
-    if missing_scorers():
-        warn(f"no scores without {' and '.join(missing_scorers())}: pip install {' '.join(missing_scorers())}")
+    # the README's shortest pip command does not install these
+    scorers = {"sacrebleu": "sacrebleu", "sklearn": "scikit-learn"}
+    missing = [package for module, package in scorers.items() if not find_spec(module)]
+    if missing:
+        warn(f"no scores without {' and '.join(missing)}: pip install {' '.join(missing)}")
     elif numbers:
         head["scores"] = score(
             [rows[number] for number in numbers],
@@ -74,8 +72,6 @@ def score(
     """Compare answers with the right ones, ignoring white space around them.
 
     Args:
-        rows: may hold `task`, by which they are grouped.
-        answers, references: one for each row.
         labels: the label words of tasks, where they are known; few rows do not show them.
 
     Returns:
@@ -89,7 +85,9 @@ def score(
         percent), `labels`, and `confusion_matrix`: a row for each right label, a column for each answered label, in the
         order of `labels`, and a last column for any other answer.
     """
-    groups = by_task(rows)
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(task_of(row), []).append(number)
     known = {task: list(dict.fromkeys(map(str.strip, words))) for task, words in labels.items()}
     if len(groups) > 1:
         groups["all tasks" if "all" in groups else "all"] = list(range(len(rows)))
@@ -103,21 +101,13 @@ def score(
     }
 
 
-def by_task(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """The numbers of the rows of each task, in order of appearance."""
-    tasks: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        tasks.setdefault(task_of(row), []).append(number)
-    return tasks
-
-
 def score_group(answers: list[str], references: list[str], known_labels: list[str]) -> dict[str, Any]:
-    exact_match = 100 * sum(map(str.__eq__, answers, references)) / len(references)
-    common = {"rows": len(references), "exact_match": exact_match}
+    common = {
+        "rows": len(references),
+        "exact_match": 100 * sum(map(str.__eq__, answers, references)) / len(references),
+    }
     labels = known_labels if set(references) <= set(known_labels) else find_labels(references)
-    if not labels:
-        return common | score_texts(answers, references)
-    return common | score_label_words(answers, references, labels)
+    return common | (score_label_words(answers, references, labels) if labels else score_texts(answers, references))
 
 
 def score_texts(answers: list[str], references: list[str]) -> dict[str, Any]:
@@ -190,7 +180,7 @@ def draw_confusion(scores: dict[str, dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    tasks = {task: values for task, values in scores.items() if 0 < len(values.get("labels", ())) <= MOST_DRAWN}
+    tasks = {task: values for task, values in scores.items() if 0 < len(values.get("labels", ())) <= MAX_DRAWN}
     if not tasks:
         return
     words = "".join([*tasks, *(label for values in tasks.values() for label in values["labels"])])
@@ -206,7 +196,7 @@ def draw_confusion(scores: dict[str, dict[str, Any]], file: Path) -> None:
             names = [str(number) for number in range(1, len(values["labels"]) + 1)] if numbered else values["labels"]
             matrix = values["confusion_matrix"]
             if any(counts[-1] for counts in matrix):  # answers that are no label; no right answer is one
-                names, matrix = [*names, "(other)"], [*matrix, [0] * len(matrix[0])]
+                names, matrix = [*names, OTHER], [*matrix, [0] * len(matrix[0])]
             else:
                 matrix = [counts[:-1] for counts in matrix]
             picture = ConfusionMatrixDisplay(np.array(matrix), display_labels=names)

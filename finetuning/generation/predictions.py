@@ -16,15 +16,8 @@ class Predictions:
     """The predictions for the rows of a file: for each row number, from 0, a dict with `prediction` and more."""
 
     def __init__(self, output_file: str | None, settings: dict[str, Any]) -> None:
-        """Open the partial file, and read back what an interrupted run left in it.
-
-        Args:
-            output_file: None keeps the predictions in memory.
-            settings: everything that the predictions depend on.
-
-        Raises:
-            SystemExit: code 2, if there is a partial file of other settings, or none can be written.
-        """
+        """Open the partial file, and read back what an interrupted run left in it; a run with other settings, which are
+        everything that the predictions depend on, is refused. Without a file, the predictions are kept in memory."""
         self.output_file = output_file
         self.by_row: dict[int, dict[str, Any]] = {}
         self.file = None
@@ -38,12 +31,12 @@ class Predictions:
             fail(f"--output_file '{output_file}' cannot be written: {error.strerror}")
         self.file.seek(0)
         content = self.file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run may leave half a line
-        self.file.truncate(len(whole))
-        if not whole:
+        complete = content[: content.rfind(b"\n") + 1]  # a killed run may leave half a line
+        self.file.truncate(len(complete))
+        if not complete:
             self.write({"settings": settings})
             return
-        head, *lines = map(json.loads, whole.splitlines())
+        head, *lines = map(json.loads, complete.splitlines())
         for name, value in json.loads(json.dumps(settings)).items():
             if head["settings"].get(name) != value:
                 fail(
@@ -72,9 +65,9 @@ class Predictions:
         answered = [row | prediction for row, prediction in zip(rows, self.in_order(), strict=True)]
         if self.file:
             self.file.close()
-            whole = Path(self.output_file + ".whole")
+            complete = Path(self.output_file + ".complete")
             lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answered]  # dates as text
-            whole.write_text("".join(lines), encoding="utf-8")
-            os.replace(whole, self.output_file)
+            complete.write_text("".join(lines), encoding="utf-8")
+            os.replace(complete, self.output_file)
             self.partial.unlink()
         return answered

@@ -18,24 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finetuning.cli.console import fail, first_line, is_disk_error, say
+from finetuning.model.folder import TEMPLATE
+from finetuning.model.multimodal import MULTIMODAL_PREFIX, TEXT_PREFIX
 
 UNVERIFIED = ".unverified"  # ending of a folder whose contents have not been compared with base and adapter
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
+HEAD = "lm_head.weight"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# From a tensor of the base to what takes its place: a tensor of the same name, or several by name.
-Change = Callable[[torch.Tensor], torch.Tensor | dict[str, torch.Tensor]]
-
-
-def find_folder(model_path: str) -> Path:
-    """The folder of a checkpoint; one that is named as on the hub is in the cache since it was loaded."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    return Path(snapshot_download(model_path, ignore_patterns=[f"*{ending}" for ending in WEIGHT_FILES[1:]]))
+Change = Callable[[torch.Tensor], torch.Tensor]  # from a tensor of the base to the merged one
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,45 +39,62 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def find_tensors(folder: Path) -> dict[str, str]:
-    """The weights of a checkpoint: for each tensor the name of its file."""
-    files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {SINGLE}
-    tensors = {}
-    for name in sorted(files):
-        with safe_open(folder / name, "pt") as file:
-            tensors |= dict.fromkeys(file.keys(), name)
-    return tensors
+class Checkpoint:
+    """The base model on disk: its folder and, for each tensor, the name of its file."""
+
+    def __init__(self, model_path: str) -> None:
+        """Open a folder, or download a checkpoint that is named as on the hub."""
+        self.folder = Path(model_path)
+        if not self.folder.is_dir():
+            ignored = [f"*{ending}" for ending in WEIGHT_FILES[1:]]
+            self.folder = Path(snapshot_download(model_path, ignore_patterns=ignored))
+        self.config = read_json(self.folder / "config.json")
+        shards = set(read_json(self.folder / INDEX).get("weight_map", {"": SINGLE}).values())
+        self.files: dict[str, str] = {}
+        for shard in sorted(shards):
+            with safe_open(self.folder / shard, "pt") as file:
+                self.files |= dict.fromkeys(file.keys(), shard)
+        self.embedding = self.name_of("model.embed_tokens.weight")
+        with safe_open(self.folder / self.files[self.embedding], "pt") as file:
+            embedding = file.get_slice(self.embedding)
+            self.vocab_size, self.hidden_size = embedding.get_shape()
+            self.dtype = embedding[:1].dtype  # and so that of most of its weights
+
+    def name_of(self, name: str) -> str:
+        """The name here of a tensor of the text part."""
+        return name if name in self.files else name.replace(TEXT_PREFIX, MULTIMODAL_PREFIX, 1)
+
+    def size_in(self, dtype: torch.dtype) -> float:
+        """About how many bytes a copy takes, with an output layer of its own, which a soft prompt may need."""
+        weights = sum((self.folder / shard).stat().st_size for shard in set(self.files.values()))
+        weights += self.vocab_size * self.hidden_size * self.dtype.itemsize
+        return weights * dtype.itemsize / self.dtype.itemsize + sum(path.stat().st_size for path in self.other_files())
+
+    def other_files(self) -> list[Path]:
+        """What is copied as it is: configurations, tokenizer, preprocessor; no weights, no hidden files."""
+        weights = (*WEIGHT_FILES, ".index.json")
+        files = [path for path in sorted(self.folder.iterdir()) if path.is_file()]
+        return [path for path in files if not path.name.endswith(weights) and not path.name.startswith(".")]
+
+    def check_not_quantised(self) -> None:
+        """Refuse weights that are in 4 or 8 bits on disk: what LoRA changes is finer than their steps."""
+        for part in (self.config, self.config.get("text_config", {})):
+            saved = part.get("quantization_config") or part.get("compression_config")
+            if saved:
+                fail(
+                    f"'{self.folder}' is quantised ({saved.get('quant_method', 'compressed-tensors')}): nothing can be "
+                    "merged into such weights;\nname the 16-bit checkpoint of the same model with --model_path"
+                )
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a checkpoint's embedding, and so of most of its weights."""
-    tensors = find_tensors(folder)
-    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-    with safe_open(folder / tensors[name], "pt") as file:
-        return file.get_slice(name)[:1].dtype
-
-
-def check_not_quantised(folder: Path) -> None:
-    """Refuse a base whose weights are in 4 or 8 bits on disk: what LoRA changes is finer than their steps."""
-    config = read_json(folder / "config.json")
-    for part in (config, config.get("text_config", {})):
-        saved = part.get("quantization_config") or part.get("compression_config")
-        if saved:
-            fail(
-                f"'{folder}' is quantised ({saved.get('quant_method', 'compressed-tensors')}): nothing can be merged "
-                "into such weights;\nname the 16-bit checkpoint of the same model with --model_path"
-            )
-
-
-def check_output(output_dir: str, size: int) -> None:
+def check_output(output_dir: str, size: float) -> None:
     """Refuse an output folder that is in use, or a disk without room for a result of `size` bytes."""
     folder, unverified = Path(output_dir), Path(output_dir + UNVERIFIED)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"--output_dir '{folder}' already exists; name another folder, or remove it")
     if unverified.exists():
         fail(f"'{unverified}', of an earlier run, is in the way; remove it, or name another --output_dir")
-    place = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
     if free < size:
         fail(f"--output_dir '{folder}': the result needs {size / 2**20:,.0f} MB, and {free / 2**20:,.0f} MB are free")
 
@@ -113,83 +123,61 @@ def give_name(unverified: Path, output_dir: str) -> None:
     os.replace(unverified, output_dir)
 
 
-def result_size(folder: Path, dtype: torch.dtype) -> int:
-    """About how many bytes a copy of a checkpoint takes, with an output layer of its own."""
-    size = 0
-    for name in set(find_tensors(folder).values()):
-        with safe_open(folder / name, "pt") as file:
-            for tensor in file.keys():
-                part = file.get_slice(tensor)
-                numbers = torch.Size(part.get_shape()).numel()
-                # a soft prompt may need an output layer, which is as large as the embedding
-                size += numbers * dtype.itemsize * (2 if tensor.endswith("embed_tokens.weight") else 1)
-    return size + sum(path.stat().st_size for path in folder.iterdir() if is_other_file(path))
+def copy_other_files(base: Checkpoint, output: Path) -> None:
+    for path in base.other_files():
+        shutil.copyfile(path, output / path.name)
+    used = set(base.files.values())
+    unused = [path.name for path in base.folder.iterdir() if path.suffix in WEIGHT_FILES and path.name not in used]
+    if unused:
+        say(f"not copied, because the checkpoint does not load them: {', '.join(sorted(unused))}")
 
 
-def is_other_file(path: Path) -> bool:
-    """Whether a file is copied as it is: configurations, tokenizer, preprocessor; no weights, no hidden files."""
-    weights = path.suffix in WEIGHT_FILES or path.name.endswith(".index.json")
-    return path.is_file() and not weights and not path.name.startswith(".")
-
-
-def copy_other_files(folder: Path, output: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        if is_other_file(path):
-            shutil.copyfile(path, output / path.name)
-    used = {*find_tensors(folder).values()}
-    left_out = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_FILES and path.name not in used)
-    if left_out:
-        say(f"not copied, because the checkpoint does not load them: {', '.join(left_out)}")
-
-
-def write_weights(folder: Path, output: Path, changes: dict[str, Change], dtype: torch.dtype | None) -> None:
+def write_weights(
+    base: Checkpoint, output: Path, changes: dict[str, Change], untied: bool, dtype: torch.dtype | None
+) -> None:
     """Write the weights of a checkpoint, a file at a time, with some tensors changed.
 
     Args:
         changes: by the name of the tensor to be changed; refused if the new one is too large for its dtype.
+        untied: whether the output layer shared the embedding's weights, and gets its own, made of these.
         dtype: of all floating-point tensors; None leaves each as it is.
     """
     places, size = {}, 0
-    for shard in sorted(set(find_tensors(folder).values())):
+    for shard in sorted(set(base.files.values())):
         tensors = {}
-        with safe_open(folder / shard, "pt") as file:
+        with safe_open(base.folder / shard, "pt") as file:
             metadata = file.metadata() or {"format": "pt"}
             for name in file.keys():
+                if untied and name == HEAD:
+                    continue  # some checkpoints hold it although it is not used
                 old = file.get_tensor(name)
                 wanted = dtype if dtype and old.is_floating_point() else old.dtype
-                new = changes[name](old.to(wanted)) if name in changes else old
-                new = new if isinstance(new, dict) else {name: new}
-                tensors |= {key: tensor.to("cpu", wanted).contiguous() for key, tensor in new.items()}
-                if (name in changes or wanted != old.dtype) and not all(tensors[key].isfinite().all() for key in new):
-                    fail(f"{name} would be NaN, or too large for {str(wanted)[6:]}; try --dtype bfloat16")
+                for target in (name, HEAD) if untied and name == base.embedding else (name,):
+                    new = changes[target](old.to(wanted)) if target in changes else old
+                    tensors[target] = new.to("cpu", wanted).contiguous()
+                    changed = target in changes or wanted != old.dtype
+                    if changed and not tensors[target].isfinite().all():
+                        fail(f"{target} would be NaN, or too large for {str(wanted)[6:]}; try --dtype bfloat16")
         save_file(tensors, output / shard, metadata=metadata)
         shutil.copymode(output / "config.json", output / shard)  # safetensors gives only the owner access
         places |= dict.fromkeys(tensors, shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+    if index := read_json(base.folder / INDEX):
         index["metadata"] = index.get("metadata", {}) | {"total_size": size}
         write_json(output / INDEX, index | {"weight_map": dict(sorted(places.items()))})
 
 
-def write_config(output: Path, untied: bool, vocab_size: int | None, dtype: torch.dtype | None) -> None:
-    """Change config.json where the weights were changed.
-
-    Args:
-        untied: whether the output layer now has weights of its own.
-        vocab_size: the rows of the embedding, if there are more.
-        dtype: of the weights, if they have another.
-    """
-    config = read_json(output / "config.json")
-    for part in (config, config.get("text_config", {})):  # a class with vision has both
+def write_config(base: Checkpoint, output: Path, untied: bool, vocab_size: int, dtype: torch.dtype | None) -> None:
+    """Write config.json, changed as the weights were by `write_weights`."""
+    for part in (base.config, base.config.get("text_config", {})):  # a multimodal class has both
         if untied:
             part["tie_word_embeddings"] = False
-        if vocab_size and "vocab_size" in part:
+        if vocab_size != base.vocab_size and "vocab_size" in part:
             part["vocab_size"] = vocab_size
         for name in ("dtype", "torch_dtype"):
             if dtype and name in part:
                 part[name] = str(dtype).removeprefix("torch.")
-    write_json(output / "config.json", config)
+    write_json(output / "config.json", base.config)
 
 
 def write_generation_config(output: Path, stop_ids: list[int], pad_id: int, sampling: bool) -> None:

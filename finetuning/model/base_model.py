@@ -18,9 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.cli.console import fail, first_line, say, warn
 from finetuning.model.fingerprint import quantization
+from finetuning.model.multimodal import is_multimodal
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
-MOST_NAMES = 3  # of weights, in a message
+MAX_NAMES = 3  # of weights, in a message
 
 
 def check_model_path(model_path: str, source: str = "--model_path") -> None:
@@ -78,8 +79,8 @@ def quantization_options(
     Args:
         config: of the base model.
         dtype: of the matrix products.
-        sharded: whether FSDP or ZeRO-3 will divide the weights: they divide floating-point numbers only, so the 4-bit
-            numbers are packed into such, of the same dtype as the rest.
+        sharded: whether FSDP or ZeRO-3 will shard the weights: they shard floating-point numbers only, so the 4-bit
+            numbers are stored as such, of the same dtype as the rest.
     """
     saved = getattr(config, "quantization_config", None)  # only quantised checkpoints have one
     method = saved["quant_method"] if isinstance(saved, dict) else getattr(saved, "quant_method", None)
@@ -97,6 +98,16 @@ def quantization_options(
         bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
     return {"quantization_config": config}
+
+
+def checkpoint_dtype(model_path: str) -> str | None:
+    """The dtype that a checkpoint's config.json names, such as "bfloat16"; None if there is none to be read."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model_path)
+    except (OSError, ValueError):
+        return None  # loading the model will say what is wrong
+    parts = (config.get("text_config", {}), config)
+    return next((part[name] for part in parts for name in ("dtype", "torch_dtype") if part.get(name)), None)
 
 
 def four_bit_flag(config: PreTrainedConfig, load_in_4bit: bool) -> list[str]:
@@ -149,14 +160,14 @@ def check_loaded_weights(
     for kind, meaning in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in loading_info[f"{kind}_keys"])
         if names:
-            more = ", ..." if len(names) > MOST_NAMES else ""
+            more = ", ..." if len(names) > MAX_NAMES else ""
             fail(
-                f"--model_path '{model_path}' {meaning}: {', '.join(names[:MOST_NAMES])}{more} ({len(names)} in all).\n"
+                f"--model_path '{model_path}' {meaning}: {', '.join(names[:MAX_NAMES])}{more} ({len(names)} in all).\n"
                 "The checkpoint and its config.json do not belong together, or its files are not all there"
             )
-    whole, loaded = (config.architectures or [""])[0], type(model).__name__
-    if whole.endswith("ForConditionalGeneration"):
-        say(f"of {whole} only the text part is loaded: adapters fit {loaded}, and have no effect on {whole}")
+    if is_multimodal(config.architectures):
+        stored, loaded = config.architectures[0], type(model).__name__
+        say(f"of {stored} only the text part is loaded: adapters fit {loaded}, and have no effect on {stored}")
     check_fp8_blocks(model_path, config, model)
     if quantization(model):
         print_share_in_4bit(model)

@@ -1,11 +1,10 @@
-"""Adapters of a class with vision, such as Qwen3_5ForConditionalGeneration, and of its text part.
+"""Adapters of a multimodal class, such as Qwen3_5ForConditionalGeneration, and of its text part.
 
 There the layers are `model.language_model.layers`, in the text part, which is trained here, `model.layers`. An adapter
 under the wrong names has no effect, and most programs do not say so.
 """
 
 import re
-import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftType
@@ -15,7 +14,12 @@ from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the adapter's weights in PEFT
-WHOLE, TEXT = "model.language_model.", "model."
+MULTIMODAL_PREFIX, TEXT_PREFIX = "model.language_model.", "model."
+
+
+def is_multimodal(architectures: list[str] | None) -> bool:
+    """Whether a checkpoint is of a multimodal class, by the `architectures` of its configuration."""
+    return bool(architectures) and architectures[0].endswith("ForConditionalGeneration")
 
 
 def find_modules(names: list[str]) -> set[str]:
@@ -24,7 +28,7 @@ def find_modules(names: list[str]) -> set[str]:
 
 
 def map_to_text_part(model: PreTrainedModel, config: PeftConfig, adapter_path: str) -> dict[str, str] | None:
-    """Make a LoRA adapter of a whole class fit the text part.
+    """Make a LoRA adapter of a multimodal class fit the text part.
 
     In `config`, the target modules, which may be a regular expression on the other names, become the modules that the
     adapter has weights for.
@@ -34,18 +38,17 @@ def map_to_text_part(model: PreTrainedModel, config: PeftConfig, adapter_path: s
     """
     with safe_open(Path(adapter_path, WEIGHTS), "pt") as weights:
         names = list(weights.keys())
-    whole = any(WHOLE in name for name in names) and not any(WHOLE in name for name, _ in model.named_modules())
-    if not whole or config.peft_type != PeftType.LORA:
+    multimodal = any(MULTIMODAL_PREFIX in name for name in names)
+    if not multimodal or config.peft_type != PeftType.LORA:
         return None
-    config.target_modules = {module.replace(WHOLE, TEXT) for module in find_modules(names)}
-    return {re.escape(WHOLE): TEXT}
+    config.target_modules = {module.replace(MULTIMODAL_PREFIX, TEXT_PREFIX) for module in find_modules(names)}
+    return {re.escape(MULTIMODAL_PREFIX): TEXT_PREFIX}
 
 
-def write_for_whole_class(adapter_path: str, output_dir: str) -> None:
-    """Write a LoRA adapter of the text part, with all of its files, so that it fits the whole class."""
-    shutil.copytree(adapter_path, output_dir, dirs_exist_ok=True)
+def write_for_multimodal(adapter_path: str, output_dir: str) -> None:
+    """Write weights and configuration of a LoRA adapter of the text part so that they fit the multimodal class."""
     state = {
-        name.replace(PREFIX + TEXT, PREFIX + WHOLE, 1): tensor
+        name.replace(PREFIX + TEXT_PREFIX, PREFIX + MULTIMODAL_PREFIX, 1): tensor
         for name, tensor in load_file(Path(adapter_path, WEIGHTS)).items()
     }
     config = PeftConfig.from_pretrained(adapter_path)

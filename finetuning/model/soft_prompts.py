@@ -24,7 +24,7 @@ class SoftPromptModel(PeftModelForCausalLM):
         return [VIRTUAL_TOKEN] * self.active_peft_config.num_virtual_tokens
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """The prompt as it lies here: PEFT looks it up in the prompt, which FSDP may have divided."""
+        """The prompt as this process has it: PEFT looks it up in the prompt, which FSDP may have sharded."""
         return self.prompt_encoder[adapter_name].embedding.weight.detach()
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ class SoftPromptModel(PeftModelForCausalLM):
         """
         virtual = input_ids == VIRTUAL_TOKEN
         words = self.get_base_model().get_input_embeddings()(input_ids.clamp(min=0))
-        # Each place looks its vector up: gathering the places of the virtual tokens would wait for the GPU. It is the
-        # module that looks up, because ZeRO-3 puts a parameter together only in its module's own forward.
+        # Each position looks its vector up: selecting those of the virtual tokens would wait for the GPU. It is the
+        # module that looks up, because ZeRO-3 gathers a parameter only in its module's own forward.
         lookup = self.prompt_encoder[self.active_adapter].embedding
         vectors = lookup(position_ids.clamp(0, lookup.num_embeddings - 1))
         return torch.where(virtual.unsqueeze(-1), vectors.to(words.dtype), words)

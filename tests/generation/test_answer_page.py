@@ -68,10 +68,10 @@ def test_rows_and_verdicts(tmp_path: Path) -> None:
     assert "probability 0.7500" in text and text.count("cut before its end") == 1
 
 
-@pytest.mark.parametrize("most_compared", [answer_page.MOST_COMPARED, 0])
+@pytest.mark.parametrize("most_compared", [answer_page.MAX_COMPARED, 0])
 def test_rows_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_compared: int) -> None:
     """Markup in any field of a row is shown as it stands; half a surrogate pair does no harm."""
-    monkeypatch.setattr(answer_page, "MOST_COMPARED", most_compared)
+    monkeypatch.setattr(answer_page, "MAX_COMPARED", most_compared)
     plain, evil = tmp_path / "plain.html", tmp_path / "evil.html"
     for file, text in ((plain, "word"), (evil, EVIL)):
         row = {"instruction": text, "input": text, "output": text + "!", "system": text, "task": text}

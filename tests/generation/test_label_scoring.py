@@ -1,4 +1,4 @@
-"""label_scoring.py: each label gets the score of a forward of its own, at a fraction of the cost."""
+"""labels.py: each label gets the score of a forward of its own, at a fraction of the cost."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 from support import ENDOFTEXT, IM_END, THINKERS, force, make_model, make_soft, make_tokenizer
 
 from finetuning.generation.generate import make_generation_config
-from finetuning.generation.label_scoring import classify_in_batches, encode_label, score_labels
+from finetuning.generation.labels import classify_in_batches, encode_label, score_labels
 from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import set_prompt_format, set_thinking
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetuning.generation.labels import MOST_LABELS, choose_labels, find_labels, parse_labels, warn_about_labels
+from finetuning.generation.labels import MAX_LABELS, choose_labels, find_labels, parse_labels, warn_about_labels
 from finetuning.preprocessing.summary import Summary
 
 
@@ -43,10 +43,10 @@ def test_words_that_look_the_same_are_named(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_too_many_words_are_said_when_training_and_when_asking(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"w{n}" for n in range(MOST_LABELS + 1)]
+    words = [f"w{n}" for n in range(MAX_LABELS + 1)]
     warn_about_labels(summary(words))
-    assert f"{MOST_LABELS + 1} label words: --labels auto knows at most {MOST_LABELS}" in capsys.readouterr().err
+    assert f"{MAX_LABELS + 1} label words: --labels auto knows at most {MAX_LABELS}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         choose_labels("auto", rows("w1"), {"mood": words})
-    assert f"more than the {MOST_LABELS}" in capsys.readouterr().err
+    assert f"more than the {MAX_LABELS}" in capsys.readouterr().err
     assert choose_labels("auto", rows("w1"), {"mood": words[1:]}) == [tuple(words[1:])]

@@ -24,7 +24,7 @@ import train_lora
 import train_prompt_tuning
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation.generate import generate, make_generation_config
-from finetuning.generation.label_scoring import score_labels
+from finetuning.generation.labels import score_labels
 from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import pad_token_id
 from finetuning.preprocessing.templates import set_prompt_format

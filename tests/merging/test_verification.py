@@ -8,7 +8,7 @@ import torch
 from finetuning.merging.verification import Comparison
 
 FAR = [9.0] * 40  # how far the base model alone is away, for each token
-# differences of tokens, largest logit, prompts, first tokens, answers, leads where answers part, rows
+# differences of tokens, largest logit, prompts, first tokens, answers, margins of other answers, rows
 GOOD = {
     "equal": ([0.0] * 40, 20, 8, 8, 8, [], 8),
     "rounded": ([0.01] * 40, 20, 8, 8, 8, [], 8),
@@ -20,7 +20,7 @@ BAD = {
     "a prompt": ([0.0] * 40, 20, 7, 8, 8, [], 8),
     "answers": ([0.01] * 40, 20, 8, 8, 6, [3.0, 3.0], 8),
 }
-HANDED_OVER = {
+ROUTING_FLIPS = {
     "a token": ([0.0] * 39 + [0.4], 20, 8, 8, 8, [], 8),
     "its answer": ([0.0] * 39 + [0.4], 20, 8, 8, 7, [3.0], 8),
 }
@@ -41,8 +41,8 @@ def test_more_is_bad(numbers: tuple, experts: bool) -> None:
     assert not Comparison(*numbers, experts, FAR).is_good(torch.float32)
 
 
-@pytest.mark.parametrize("numbers", HANDED_OVER.values(), ids=HANDED_OVER)
-def test_rounding_hands_tokens_over_to_other_experts(numbers: tuple) -> None:
+@pytest.mark.parametrize("numbers", ROUTING_FLIPS.values(), ids=ROUTING_FLIPS)
+def test_rounding_flips_the_routing_to_other_experts(numbers: tuple) -> None:
     assert Comparison(*numbers, True, FAR).is_good(torch.float32) and not Comparison(*numbers, False, FAR).is_good(
         torch.float32
     )

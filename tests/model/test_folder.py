@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditio
 from common import load_model
 from finetuning.cli.arguments import ModelArguments
 from finetuning.model.folder import load_adapter, read_adapter
-from finetuning.model.multimodal import write_for_whole_class
+from finetuning.model.multimodal import write_for_multimodal
 
 IDS = torch.tensor([[*b"Instruction: Say sun"]])
 WEIGHTS = "adapter_model.safetensors"
@@ -116,7 +116,7 @@ def test_our_adapter_for_the_whole_class(whole_class: str, tmp_path: Path, capsy
     with torch.no_grad():
         bare = text_part(input_ids=IDS).logits
     change = save_random_lora(text_part, tmp_path / "adapter", ["q_proj", "v_proj", "in_proj_qkv", "out_proj"]) - bare
-    write_for_whole_class(str(tmp_path / "adapter"), str(tmp_path / "whole"))
+    write_for_multimodal(str(tmp_path / "adapter"), str(tmp_path / "whole"))
     changes = []
     for folder in ("adapter", "whole"):
         whole = Qwen3_5ForConditionalGeneration.from_pretrained(whole_class, dtype=torch.float32).eval()

@@ -10,7 +10,7 @@ from support import ENDOFTEXT, FLAT, HYBRID, IM_END, TOKENS, make_model, make_ro
 from transformers import GenerationConfig
 
 from finetuning.generation.generate import pad_left
-from finetuning.generation.label_scoring import score_labels
+from finetuning.generation.labels import score_labels
 from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator, PadCollator

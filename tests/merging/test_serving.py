@@ -1,16 +1,16 @@
-"""served_template.py: other programs write the prompts that were trained."""
+"""serving.py: other programs write the prompts that were trained."""
 
 import re
 
 import pytest
 from support import CHATML, THINKERS, make_tokenizer
 
-from finetuning.merging.served_template import (
+from finetuning.merging.serving import (
     choose_plain_start,
+    make_modelfile,
     serve_template,
     soft_tokens,
     take_apart,
-    write_modelfile,
 )
 from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import set_prompt_format, set_thinking
@@ -63,7 +63,7 @@ def test_start_of_a_plain_answer() -> None:
 
 
 def run_go(template: str, messages: list[dict[str, str]]) -> str:
-    """What Ollama makes of a conversation, for the few constructs that write_modelfile uses."""
+    """What Ollama makes of a conversation, for the few constructs that make_modelfile uses."""
     frame = "{{- if not .System }}(.*?){{ end }}\n{{- range .Messages }}\n(.*)\n{{- end }}\n{{- end }}(.*)"
     frame = frame.replace("{{", r"\{\{").replace("}}", r"\}\}").replace(" .", r" \.")
     system, branches, end = re.fullmatch(frame, template, flags=re.S).groups()
@@ -83,7 +83,7 @@ def test_modelfile(name: str, thinking: bool) -> None:
     """Ollama's template writes what the trained one writes."""
     tokenizer = tokenizer_for(name, thinking)
     tokenizer.chat_template = serve_template(tokenizer.chat_template, soft_tokens(2))
-    modelfile = write_modelfile(tokenizer, "model.gguf", greedy=True)
+    modelfile = make_modelfile(tokenizer, greedy=True)
     assert (modelfile is None) == (name == "opens")  # it trims answers, as Qwen3.5's trims all texts: Go's would not
     if modelfile is None:
         return
@@ -97,4 +97,4 @@ def test_template_beyond_go() -> None:
     """What a message becomes depends on more than its role here."""
     tokenizer = tokenizer_for("ChatML")
     tokenizer.chat_template = CHATML.replace("m.role + '\\n'", "m.role + loop.index|string + '\\n'")
-    assert take_apart(tokenizer) is None and write_modelfile(tokenizer, "model.gguf", greedy=False) is None
+    assert take_apart(tokenizer) is None and make_modelfile(tokenizer, greedy=False) is None

@@ -1,16 +1,20 @@
-"""The chat template of a merged checkpoint: the trained one, as any program that serves it can use it.
+"""What other programs need to serve a merged checkpoint: the trained chat template and, for llama.cpp, a GGUF file.
 
 A tuned prompt stands in front of every conversation, as special tokens whose embeddings are its vectors. The user's
-words are kept from naming these tokens. For Ollama, whose templates are written in Go's language, the template is taken
-apart into what it writes before and after each message.
+words are kept from naming these tokens.
 """
 
 import json
 import re
+import subprocess
+import sys
 from os.path import commonprefix
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from finetuning.cli.console import fail, say, warn
 from finetuning.preprocessing.encode import encode, tokenize
 from finetuning.preprocessing.templates import (
     MERGED_MARK,
@@ -25,6 +29,8 @@ from finetuning.preprocessing.templates import (
     stop_tokens,
 )
 
+CONVERTER, GGUF = "convert_hf_to_gguf.py", "model.gguf"
+OUTPUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # names of the converter
 SOFT_TOKEN = "<|soft_prompt_"
 # A program that reads a template's output cannot tell the user's words from the template's.
 NO_SOFT_TOKEN = "{%- filter replace('" + SOFT_TOKEN + "', '<| soft_prompt_') %}"
@@ -51,12 +57,8 @@ def soft_tokens(count: int) -> list[str]:
 
 
 def serve_template(template: str, tokens: list[str], plain_start: str = "") -> str:
-    """The template of a merged checkpoint, from the one beside its adapter.
-
-    Args:
-        tokens: those of a soft prompt, which every conversation begins with.
-        plain_start: what a prompt in the plain format ends with, from `choose_plain_start`.
-    """
+    """The template of a merged checkpoint, from the one beside its adapter: every conversation begins with `tokens`, a
+    prompt in the plain format ends with `plain_start`."""
     head = next((mark for mark in (*THINKING_SWITCH.values(), PLAIN_MARK) if template.startswith(mark)), "")
     tail = NO_REASONING if template.endswith(NO_REASONING) else ""
     body = template.removeprefix(head).removesuffix(tail).removeprefix(MERGED_MARK)
@@ -94,17 +96,40 @@ def choose_plain_start(
     return PLAIN_START
 
 
-# ---- Ollama
+# ---- llama.cpp and Ollama
 
 
-def write_modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, greedy: bool) -> str | None:
-    """The Modelfile with which Ollama serves a merged checkpoint; None if the template has rules beyond Go's template.
+def find_converter(llama_cpp: str) -> Path:
+    """The converter in a folder of llama.cpp's source."""
+    converter = Path(llama_cpp, CONVERTER)
+    if not converter.is_file():
+        fail(f"--llama_cpp '{llama_cpp}' holds no {CONVERTER}; name the folder of llama.cpp's source")
+    return converter
 
-    Args:
-        tokenizer: of the merged checkpoint.
-        weights: name of the GGUF file beside the Modelfile.
-        greedy: whether answers are greedy.
-    """
+
+def write_gguf(converter: Path, folder: str, dtype: torch.dtype, modelfile: str | None) -> None:
+    """Convert a merged checkpoint, which stays if the converter fails, to a GGUF file in its folder."""
+    file = Path(folder, GGUF)
+    command = [sys.executable, str(converter), folder, "--outfile", str(file), "--outtype", OUTPUT_TYPES[dtype]]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if result.returncode:
+        file.unlink(missing_ok=True)
+        reason = (result.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        fail(
+            f"{CONVERTER} failed: {reason}\n"
+            f"The checkpoint in {folder} is whole; the converter needs: pip install gguf sentencepiece",
+            1,
+        )
+    say(f"{file}: {file.stat().st_size / 2**20:,.1f} MB")
+    if modelfile is None:
+        warn("no Modelfile: the chat template has rules that Ollama's template language cannot express")
+    else:
+        Path(folder, "Modelfile").write_text(modelfile, encoding="utf-8")
+
+
+def make_modelfile(tokenizer: PreTrainedTokenizerBase, greedy: bool) -> str | None:
+    """The Modelfile with which Ollama serves the GGUF file beside it; None if Go's templates cannot say what the
+    tokenizer's template says."""
     pieces = take_apart(tokenizer)
     if pieces is None:
         return None
@@ -114,30 +139,26 @@ def write_modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, greedy: bo
         message = words[f"before {role}"] + "{{ .Content }}" + words[f"after {role}"]
         template += f'{{{{- {condition} eq .Role "{role}" }}}}{message}\n'
     template += "{{- end }}\n{{- end }}" + words["end"]
-    lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
+    lines = [f"FROM ./{GGUF}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER stop {token}" for token in stop_tokens(tokenizer)]
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"] if greedy else []
     return "\n".join(lines) + "\n"
 
 
 def take_apart(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
-    """What the tokenizer's template writes before, between and after messages; None if that depends on more than their
-    roles, or if it trims them: Go's template would not."""
-    spaced = [{"role": role, "content": f" {role} "} for role in ("system", "user", "assistant", "user")]
-    text = render(spaced, tokenizer, tokenizer.chat_template)
-    if not all(message["content"] in text for message in spaced):
-        return None
+    """What the tokenizer's template writes before and after the message of each role; None if that depends on more than
+    the roles, or if the template trims messages: Go's would not."""
+
+    def write(messages: list[Message]) -> str:
+        return render(messages, tokenizer, tokenizer.chat_template, add_generation_prompt=True)
 
     def parts(*roles: str) -> list[str]:
         """The text of a conversation between its messages."""
-        names = [f"\ue000{number}\ue001" for number in range(len(roles))]
-        messages = [{"role": role, "content": name} for role, name in zip(roles, names, strict=True)]
-        text = render(messages, tokenizer, tokenizer.chat_template, add_generation_prompt=True)
-        found = []
-        for name in names:
-            before, _, text = text.partition(name)
-            found.append(before)
-        return [*found, text]
+        found = write([{"role": role, "content": "\ue000"} for role in roles]).split("\ue000", len(roles))
+        return found + [""] * (len(roles) + 1 - len(found))
+
+    def common_end(*texts: str) -> str:
+        return commonprefix([text[::-1] for text in texts])[::-1]
 
     beginning, after_question = parts("user")
     _, to_answer, to_question, _ = parts("user", "assistant", "user")
@@ -156,16 +177,10 @@ def take_apart(tokenizer: PreTrainedTokenizerBase) -> dict[str, str] | None:
     }
     for roles in (["user"], ["user", "assistant"] * 3 + ["user"]):
         for conversation in (roles, ["system", *roles]):
-            text = "" if conversation[0] == "system" else pieces["no system"]
-            found = []
-            for role in conversation:
-                found.append(text + pieces[f"before {role}"])
-                text = pieces[f"after {role}"]
-            if [*found, text + pieces["end"]] != parts(*conversation):
+            messages = [{"role": role, "content": f" {number} "} for number, role in enumerate(conversation)]
+            text = "" if "system" in conversation else pieces["no system"]
+            for message in messages:
+                text += pieces[f"before {message['role']}"] + message["content"] + pieces[f"after {message['role']}"]
+            if text + pieces["end"] != write(messages):
                 return None
     return pieces
-
-
-def common_end(*texts: str) -> str:
-    """The longest end that the texts share."""
-    return commonprefix([text[::-1] for text in texts])[::-1]
