@@ -27,7 +27,7 @@ from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training import flags
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator
-from finetuning.training.losses import ChunkedLoss
+from finetuning.training.losses import put_loss_head
 
 # What `accelerate launch --config_file configs/fsdp.yaml` sets; tests/training/test_sharding.py compares.
 FSDP = {
@@ -67,12 +67,10 @@ def loss_and_gradients(
     """Of a batch of the rows; with DeepSpeed, its engine around the model keeps the gradients."""
     base = model.get_base_model()
     batch = FlattenCollator(len(getattr(model, "virtual_tokens", [])))(rows)
-    chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
     half = base.dtype == torch.bfloat16
+    head = put_loss_head(base)
     with attention(base, "rows"), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        with chunked.instead_of_logits(labels, torch.tensor(divisor)):
-            (engine or model)(**batch)
-            loss = chunked()
+        loss = head.loss(engine or model, batch, torch.tensor(divisor))
     engine.backward(2 * loss) if engine else loss.backward()  # DeepSpeed divides by the number of processes
     return loss.item(), [parameter.grad for parameter in trained(model)]
 
