@@ -143,6 +143,8 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--dry_run True measures what one process needs: start it without torchrun or accelerate launch")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
+    if training_args.torch_compile:
+        fail("--torch_compile would compile for a minute or more at each new length of a batch; leave it out")
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
     if checkpointing and not training_args.gradient_checkpointing:
         fail("--activation_checkpointing_kwargs says how to checkpoint: add --gradient_checkpointing True")
