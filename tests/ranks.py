@@ -68,9 +68,8 @@ def loss_and_gradients(
     base = model.get_base_model()
     batch = FlattenCollator(len(getattr(model, "virtual_tokens", [])))(rows)
     half = base.dtype == torch.bfloat16
-    head = put_loss_head(base)
     with attention(base, "rows"), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = head.loss(engine or model, batch, torch.tensor(divisor))
+        loss = base.get_output_embeddings().loss(engine or model, batch, torch.tensor(divisor))
     engine.backward(2 * loss) if engine else loss.backward()  # DeepSpeed divides by the number of processes
     return loss.item(), [parameter.grad for parameter in trained(model)]
 
@@ -78,10 +77,11 @@ def loss_and_gradients(
 def make_adapted(kind: str, dtype: torch.dtype) -> PeftModel:
     if kind == "soft prompt":
         model = make_soft()
-        model.get_base_model().to(dtype)
+        put_loss_head(model.get_base_model().to(dtype))
         return model
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     model = get_peft_model(make_model().to(dtype), config)
+    put_loss_head(model.get_base_model())
     generator = torch.Generator().manual_seed(5)
     for parameter in trained(model):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

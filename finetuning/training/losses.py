@@ -102,9 +102,14 @@ class LossHead(torch.nn.Linear):
 
 
 def put_loss_head(model: PreTrainedModel) -> LossHead | None:
-    """Put a LossHead in the place of lm_head; None if lm_head learns, or is more than a matrix: it needs the logits."""
+    """Put a LossHead in the place of lm_head, before FSDP or DeepSpeed takes the model over.
+
+    Returns None, and changes nothing, if lm_head is trained or is more than a matrix: then the loss needs the logits.
+    """
     head = model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, LossHead) or head.weight.requires_grad or head.bias is not None:
         return None
-    model.set_output_embeddings(LossHead(head))
-    return model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        head = LossHead(head)
+        model.set_output_embeddings(head)
+    return head
