@@ -44,6 +44,7 @@ from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.checkpoints import (
+    CheckpointWriter,
     check_output_dir,
     clear_output_dir,
     find_resume_checkpoint,
@@ -66,7 +67,7 @@ def start_run(args: Arguments) -> None:
         check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
     training = args.training
-    if training.push_to_hub and training.should_save and not only_looks:
+    if args.push_to_hub and training.should_save and not only_looks:
         names = training.hub_model_id, training.output_dir
         training.hub_model_id = create_repository(*names, training.hub_token, training.hub_private_repo)
 
@@ -195,7 +196,7 @@ def train(
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)
-    if args.training.push_to_hub and args.training.should_save:
+    if args.push_to_hub and args.training.should_save:
         upload(output_dir, args.training.hub_model_id, args.training.hub_token)
     say(f'\nTry it:\n{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
 
@@ -214,10 +215,11 @@ def train_and_save(
     resumed_at = saved_step(checkpoint)
     start = adapter_state(model)
 
-    signals = StopOnSignal()
+    signals, checkpoints = StopOnSignal(), CheckpointWriter(files, args.save_total_limit)
     eval_dataset = eval_data.dataset if eval_data else None
     pad_id = pad_token_id(tokenizer)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, files, (signals,))
+    callbacks = (signals, checkpoints)
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, callbacks)
     trainer.add_callback(ProgressLog(trainer, args))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()

@@ -21,7 +21,7 @@ from finetuning.cli.console import say
 from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator
-from finetuning.training.losses import ChunkedLoss
+from finetuning.training.losses import put_loss_head
 
 TOKENS = 256
 KIB = 1024
@@ -65,8 +65,7 @@ def count_kept_bytes(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = FlattenCollator()([{name: [1] * tokens for name in ("input_ids", "labels")}])
-    labels = batch.pop("labels")
-    chunked = ChunkedLoss(model.get_base_model().get_output_embeddings())
+    head = put_loss_head(model.get_base_model())
     storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,9 +79,8 @@ def count_kept_bytes(
         disable_input_dtype_casting(model, active=not cast_inputs),
         torch.autocast("cpu", torch.float16),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        chunked.instead_of_logits(labels),
     ):
-        loss = chunked(model(**batch))
+        loss = head.loss(model, batch)
     del loss
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -27,7 +27,7 @@ from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training import flags
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator
-from finetuning.training.losses import ChunkedLoss
+from finetuning.training.losses import put_loss_head
 
 # What `accelerate launch --config_file configs/fsdp.yaml` sets; tests/training/test_sharding.py compares.
 FSDP = {
@@ -67,12 +67,9 @@ def loss_and_gradients(
     """Of a batch of the rows; with DeepSpeed, its engine around the model keeps the gradients."""
     base = model.get_base_model()
     batch = FlattenCollator(len(getattr(model, "virtual_tokens", [])))(rows)
-    chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
     half = base.dtype == torch.bfloat16
     with attention(base, "rows"), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        with chunked.instead_of_logits(labels, torch.tensor(divisor)):
-            (engine or model)(**batch)
-            loss = chunked()
+        loss = base.get_output_embeddings().loss(engine or model, batch, torch.tensor(divisor))
     engine.backward(2 * loss) if engine else loss.backward()  # DeepSpeed divides by the number of processes
     return loss.item(), [parameter.grad for parameter in trained(model)]
 
@@ -80,10 +77,11 @@ def loss_and_gradients(
 def make_adapted(kind: str, dtype: torch.dtype) -> PeftModel:
     if kind == "soft prompt":
         model = make_soft()
-        model.get_base_model().to(dtype)
+        put_loss_head(model.get_base_model().to(dtype))
         return model
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     model = get_peft_model(make_model().to(dtype), config)
+    put_loss_head(model.get_base_model())
     generator = torch.Generator().manual_seed(5)
     for parameter in trained(model):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -526,6 +526,8 @@ BAD_FLAGS = {
     "old name, warmup": (["--warmup_ratio", "0.1"], ["--warmup_ratio", "--warmup_steps"]),
     "no rows to evaluate": (["--eval_strategy", "epoch"], ["--eval_strategy", "--eval_data_path"]),
     "label smoothing": (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
+    "compilation": (["--torch_compile", "True"], ["--torch_compile", "each new length", "leave it out"]),
+    "compilation, by its backend": (["--torch_compile_backend", "eager"], ["--torch_compile", "leave it out"]),
     "reports": (["--report_to", "wandb"], ["pip install wandb"]),
     "liger": (["--use_liger_kernel", "True"], ["--use_liger_kernel", "liger-kernel"]),
     "best of nothing": (["--load_best_model_at_end", "True"], ["--load_best_model_at_end", "--eval_data_path"]),

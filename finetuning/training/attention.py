@@ -26,11 +26,7 @@ KERNELS = {  # what the run prints
 
 
 def choose_attention(
-    config: PreTrainedConfig,
-    flattened: bool,
-    capability: tuple[int, int] | None,
-    half_precision: bool,
-    has_varlen: bool,
+    config: PreTrainedConfig, flattened: bool, capability: tuple[int, int] | None, half_precision: bool
 ) -> str:
     """Choose the one of the KERNELS that trains.
 
@@ -40,7 +36,6 @@ def choose_attention(
     Args:
         capability: the compute capability of a CUDA device; None for other devices.
         half_precision: whether training runs in float16 or bfloat16.
-        has_varlen: from `torch_has_varlen`.
     """
     if not needs_no_mask(config):  # sliding windows, or an unknown family
         return STOCK
@@ -48,7 +43,7 @@ def choose_attention(
         return "rows"
     if capability < (8, 0) or not half_precision:
         return "repeated_rows"
-    return "varlen" if flattened and has_varlen and not config.attention_dropout else "rows"
+    return "varlen" if flattened and torch_has_varlen() and not config.attention_dropout else "rows"
 
 
 def torch_has_varlen() -> bool:
@@ -72,24 +67,16 @@ def attend_varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: None,
-    cu_seq_lens: torch.Tensor,
-    longest_row: int,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention on all rows of a flattened batch at once.
-
-    Args:
-        query: (1, heads, T, head_dim); key and value: (1, key-value heads, T, head_dim).
-        cu_seq_lens, longest_row: where the rows lie in T; from `FlattenCollator`.
-
-    Returns:
-        (1, T, heads, head_dim), and None for the attention weights.
-    """
+    """As `attend_rows`, on all rows of a flattened batch at once; `FlattenCollator` tells where they lie in T."""
     # With float32 embeddings, the rotation of the heads leaves query and key in float32. Autocast casts what goes
     # into SDPA, but does not know this kernel. Elsewhere all three have one dtype, and nothing is copied.
     query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
-    rows = (cu_seq_lens, cu_seq_lens, longest_row, longest_row)
+    rows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     return varlen_attn(query, key, value, *rows, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
 
 

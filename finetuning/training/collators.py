@@ -6,12 +6,12 @@ every key of the batch to the model's forward.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorWithFlattening, PreTrainedConfig
 
 from finetuning.distributed import BLANK_ROW
 from finetuning.model.soft_prompts import VIRTUAL_TOKEN
@@ -21,7 +21,6 @@ from finetuning.preprocessing.encode import IGNORE_INDEX
 # The hybrid families (qwen3_next, qwen3_5, ...) carry a recurrent state from one row into the next: they are padded.
 FULL_ATTENTION_FAMILIES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-# Nothing to learn: for the last batch of an epoch, if there are fewer rows than processes.
 
 
 def can_flatten(config: PreTrainedConfig) -> bool:
@@ -51,35 +50,23 @@ class FlattenCollator:
     """Joins the rows of a batch into one sequence, without padding.
 
     `position_ids` start again at 0 for each row. transformers reads the row boundaries from them and keeps attention
-    inside each row, but only if no key-value cache is built, hence `use_cache`.
+    inside each row, but only if no key-value cache is built.
 
     Args:
         num_virtual_tokens: VIRTUAL_TOKEN ids to put in front of each row.
 
-    Returns, for T tokens: `input_ids` and `position_ids` (1, T), `row_numbers` (for NotFiniteGuard), what
-    `supervised_only` adds, and for attention.py, made once and not in each layer: the B `row_lengths`, `longest_row`,
-    and `cu_seq_lens` (B + 1), where rows begin and end, in int32.
+    Returns, for T tokens: `input_ids` and `position_ids` (1, T), what `supervised_only` adds, and for attention.py,
+    made once and not in each layer: the B `row_lengths`, the longest (`max_length_q`), and where rows begin and end, in
+    int32 (`cu_seq_lens_q`, B + 1).
     """
 
     num_virtual_tokens: int = 0
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
-        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows or [BLANK_ROW]]
-        input_ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
-        position_ids = torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]])
-        # The last token of the row before would predict a row's first label: it is not supervised.
-        labels = torch.tensor([[label for row in rows for label in [IGNORE_INDEX, *row["labels"][1:]]]])
-        row_lengths = [len(row["input_ids"]) for row in rows]
-        return {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "row_lengths": row_lengths,
-            "cu_seq_lens": torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32),
-            "longest_row": max(row_lengths),
-            "use_cache": False,
-            **name_rows(rows),
-            **supervised_only(labels),
-        }
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = add_virtual_tokens(rows, self.num_virtual_tokens)
+        batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+        batch["row_lengths"] = [len(row["input_ids"]) for row in rows]
+        return supervised_only(batch, rows)
 
 
 @dataclass
@@ -90,53 +77,44 @@ class PadCollator:
     comes last, to the row before it. A mask would rule out the fastest kernels, and transformers reads it, which waits
     for the GPU.
 
-    Returns, for B rows of at most L tokens: `input_ids` and `position_ids` (B, L), `row_numbers`, and what
-    `supervised_only` adds.
+    Returns, for B rows of at most L tokens: `input_ids` and `position_ids` (B, L), and what `supervised_only` adds.
     """
 
     pad_token_id: int
     num_virtual_tokens: int = 0
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | bool]:
-        rows = [add_virtual_tokens(row, self.num_virtual_tokens) for row in rows or [BLANK_ROW]]
-        length = max(len(row["input_ids"]) for row in rows)
-
-        def pad(field: str, value: int) -> torch.Tensor:
-            return torch.tensor([list(row[field]) + [value] * (length - len(row[field])) for row in rows])
-
-        return {
-            "input_ids": pad("input_ids", self.pad_token_id),
-            "position_ids": torch.arange(length).expand(len(rows), -1).contiguous(),
-            "use_cache": False,
-            **name_rows(rows),
-            **supervised_only(pad("labels", IGNORE_INDEX)),
-        }
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = add_virtual_tokens(rows, self.num_virtual_tokens)
+        batch = {}
+        for name, value in {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.items():
+            batch[name] = pad_sequence([torch.tensor(row[name]) for row in rows], True, value)
+        length = batch["input_ids"].shape[1]
+        batch["position_ids"] = torch.arange(length).expand(len(rows), -1).contiguous()
+        return supervised_only(batch, rows)
 
 
-def name_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """The rows' numbers in their data file; nothing if the dataset does not have them."""
-    return {"row_numbers": [row["row_number"] for row in rows]} if "row_number" in rows[0] else {}
+def add_virtual_tokens(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The rows, or one without anything to learn if there are none, with `count` virtual tokens in front of each."""
+    virtual = {"input_ids": [VIRTUAL_TOKEN] * count, "labels": [IGNORE_INDEX] * count}
+    return [row | {name: tokens + row[name] for name, tokens in virtual.items()} for row in rows or [BLANK_ROW]]
 
 
-def add_virtual_tokens(row: dict[str, list[int]], count: int) -> dict[str, list[int]]:
-    return row | {
-        "input_ids": [VIRTUAL_TOKEN] * count + row["input_ids"],
-        "labels": [IGNORE_INDEX] * count + row["labels"],
-    }
-
-
-def supervised_only(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def supervised_only(batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Restrict logits and labels to the positions that predict a supervised token in some row of the batch.
 
     Args:
-        labels: (B, L), aligned with `input_ids` (not shifted), IGNORE_INDEX for tokens that are not supervised.
+        batch: its `labels` (B, L) are aligned with `input_ids` (not shifted), IGNORE_INDEX for what is not supervised.
 
-    Returns:
+    Returns the batch with:
         `logits_to_keep`: (K,) positions of the sequence whose logits are computed.
         `labels`, `shift_labels`: (B, K) the token that follows each of those positions. transformers' loss reads
         `shift_labels`, but only computes a loss if there are `labels`.
+        `use_cache`: False.
+        `row_numbers`: of the rows in their data file, for NotFiniteGuard, if the dataset has them.
     """
-    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     positions = (next_labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     shift_labels = next_labels[:, positions]
-    return {"logits_to_keep": positions, "labels": shift_labels, "shift_labels": shift_labels}
+    numbers = {"row_numbers": [row["row_number"] for row in rows]} if "row_number" in rows[0] else {}
+    restricted = {"logits_to_keep": positions, "labels": shift_labels, "shift_labels": shift_labels}
+    return batch | restricted | numbers | {"use_cache": False}

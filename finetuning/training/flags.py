@@ -1,22 +1,33 @@
 """The flags of the training scripts, checked before anything is loaded."""
 
+import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
-from finetuning.cli.console import fact, fail, say
+from finetuning.cli.console import fact, fail, first_line, is_main_process, say
 from finetuning.distributed import check_engine, count_processes, engine_asked_for, say_how_many
 from finetuning.preprocessing.flags import DataArguments
-from finetuning.training.trackers import check_trackers, reach_trackers
 
 # Liger's RMSNorm, SwiGLU and RoPE keep less for the backward pass. Its losses would replace ours (losses.py).
 LIGER_KERNELS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 # With checkpointing, the inputs of the layers wait in main memory for the backward pass.
 OFFLOAD = """--activation_checkpointing_kwargs '{"offload": true}'"""
+# Of trackers, `--report_to`: what to import and what to install, if they are not called as the flag has it.
+PACKAGES = {"azure_ml": ("azureml", "azureml-mlflow"), "comet_ml": ("comet_ml", "comet-ml"), "flyte": ("flytekit",) * 2}
+# Trackers that may need a key or a server, and how to do without.
+REMEDIES = {
+    "mlflow": "To record on this machine: MLFLOW_TRACKING_URI=sqlite:///mlflow.db",
+    "swanlab": "To log in: swanlab login; to record on this machine: SWANLAB_MODE=offline",
+    "wandb": "To log in: wandb login; to record on this machine: WANDB_MODE=offline",
+}
+OFFLINE_MODES = ("offline", "local", "disabled")
 
 
 @dataclass
@@ -40,7 +51,9 @@ class Arguments:
     data: DataArguments
     run: RunArguments
     method: Any  # the method's own dataclass
-    training: TrainingArguments
+    training: TrainingArguments  # and what is not left to the Trainer, though it has flags for them:
+    push_to_hub: bool  # only the finished adapter
+    save_total_limit: int | None  # an old checkpoint is removed after the new one is written
 
 
 def parse_arguments(
@@ -94,7 +107,9 @@ def parse_arguments(
     if str(flags.resume_from_checkpoint).lower() == "false":
         flags.resume_from_checkpoint = None
     check_engine(engine_asked_for(flags), flags.use_cpu)
-    args = Arguments(*parser.to_dataclasses(flags))
+    ours = {"push_to_hub": flags.push_to_hub, "save_total_limit": flags.save_total_limit}
+    flags.push_to_hub, flags.save_total_limit = False, None
+    args = Arguments(*parser.to_dataclasses(flags), **ours)
     check_combinations(args, evaluates)
     if args.training.n_gpu > 1:
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
@@ -128,6 +143,8 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--dry_run True measures what one process needs: start it without torchrun or accelerate launch")
     if training_args.label_smoothing_factor:
         fail("--label_smoothing_factor needs the logits of all tokens, which are not computed here; leave it out")
+    if training_args.torch_compile:
+        fail("--torch_compile would compile for a minute or more at each new length of a batch; leave it out")
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
     if checkpointing and not training_args.gradient_checkpointing:
         fail("--activation_checkpointing_kwargs says how to checkpoint: add --gradient_checkpointing True")
@@ -139,6 +156,42 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
     if args.run.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")
+
+
+def check_trackers(names: list[str], hub_token: str | None) -> None:
+    """Refuse a tracker that does not exist or lacks its package, and a token in a command line that is recorded."""
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            fail(f"--report_to {error}")
+        module, package = PACKAGES.get(name, (name, name))
+        if name != "kubeflow" and not find_spec(module):  # kubeflow needs none, and is used if its server is there
+            fail(f"--report_to {name} needs the package {package}: pip install {package}, or leave the flag out")
+    if names and hub_token:
+        fail("--hub_token would be recorded with the command line: set the variable HF_TOKEN, or log in: hf auth login")
+
+
+def reach_trackers(names: list[str]) -> None:
+    """Log in, or open the store. The callbacks would do it after the model is loaded, and fail with a traceback."""
+    for name in names:
+        if name not in REMEDIES or os.environ.get(f"{name.upper()}_MODE") in OFFLINE_MODES or not is_main_process():
+            continue
+        module = import_module(name)
+        try:
+            module.search_experiments(max_results=1) if name == "mlflow" else module.login()
+        except Exception as error:  # each tracker has its own
+            fail(f"--report_to {name}: {first_line(error)}\n{REMEDIES[name]}")
+
+
+def start_swanlab(args: TrainingArguments) -> None:
+    """Start SwanLab's run. transformers 5.23 asks first whether there is one, which is an error from SwanLab 0.8 on."""
+    if "swanlab" not in args.report_to or not is_main_process():
+        return
+    names = {"project": "SWANLAB_PROJECT", "id": "SWANLAB_RUN_ID", "resume": "SWANLAB_RESUME"}
+    options = {name: os.environ.get(variable) for name, variable in names.items()}
+    options["resume"] = options["resume"] or ("allow" if args.resume_from_checkpoint else None)
+    import_module("swanlab").init(experiment_name=args.run_name, **options)
 
 
 def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:

@@ -1,10 +1,9 @@
 """The loss in chunks: of the logits, 152k numbers for each token, only those of a few tokens are in memory at once."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from finetuning.preprocessing.encode import IGNORE_INDEX
 
@@ -41,8 +40,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets = targets.clamp(min=0).unsqueeze(1)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # only the divisor's digits count here, its power of two in `backward`: so the gradient is rounded only once
-        digits, exponent = torch.frexp(divisor.float())  # 0.5 <= digits < 1
+        # divided by the mantissa here and by the power of two in `backward`: the gradient is rounded only once
+        mantissa, exponent = torch.frexp(divisor.float())  # 0.5 <= mantissa < 1
         tokens = max(1, LOGITS_MEMORY // (4 * len(weight)))
         for start in range(0, len(hidden), tokens):
             part = slice(start, start + tokens)
@@ -53,7 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             sums = logits.sum(dim=1, keepdim=True)
             total += ((sums.log() + largest - of_targets) * counted[part]).sum()
             if gradient is not None:
-                scale = GRADIENT_SCALE / digits * counted[part]
+                scale = GRADIENT_SCALE / mantissa * counted[part]
                 logits.mul_(scale / sums).scatter_add_(1, targets[part], -scale)  # their gradient
                 gradient[part] = logits.to(weight.dtype) @ weight
             del logits  # before the next chunk is made
@@ -66,47 +65,51 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (gradient.float() * torch.ldexp(scale / GRADIENT_SCALE, -exponent)).to(gradient.dtype), None, None, None
 
 
-class ChunkedLoss:
-    """A `compute_loss_func` for the Trainer that needs the hidden states before a frozen lm_head, not the logits."""
+class LossHead(torch.nn.Linear):
+    """A frozen lm_head that gives the loss, and not the logits, while it has targets.
+
+    The loss is computed in this module's own forward because only for that do FSDP and ZeRO-3 gather its weight.
+    """
 
     def __init__(self, head: torch.nn.Linear) -> None:
-        if head.weight.requires_grad:
-            raise ValueError("lm_head is trained: its own gradient needs the logits")
-        self.head = head
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight = head.weight  # the same parameter, under the same name
+        self.targets: tuple[torch.Tensor, torch.Tensor] | None = None  # and the divisor of `ChunkedCrossEntropy`
 
-    @contextmanager
-    def instead_of_logits(
-        self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> Iterator[None]:
-        """Inside the context, a forward computes this loss before lm_head, which gets a single position.
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """From (B, K, hidden_size) to logits (B, K, vocabulary) or, with targets, to their loss (a number)."""
+        if self.targets is None:
+            return super().forward(hidden)
+        return ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, *self.targets)
 
-        It happens inside the forward because FSDP and ZeRO-3 put lm_head's weights together only there, in a hook that
-        runs between these two. Nothing goes back through lm_head, so that they need no weights for it then.
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The loss of a batch of the collators: the sum of its tokens' cross-entropies, divided.
 
         Args:
-            labels: (B, K) what each position of the hidden states predicts: `shift_labels` of the collators.
+            model: whose lm_head this is, perhaps in an adapter or an engine.
             num_items_in_batch: what the sum is divided by; None for the number of labels.
         """
-        targets = labels.flatten()
+        targets = batch["labels"].flatten()
         divisor = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         divisor = torch.as_tensor(divisor, device=targets.device).clamp(min=1)  # a process may have no row at the end
-
-        def keep_hidden(head: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            self.hidden = args[0].flatten(0, -2)
-            return args[0][:, :1].detach()
-
-        def compute(head: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-            self.loss = ChunkedCrossEntropy.apply(self.hidden, head.weight, targets, divisor)
-
-        hooks = [self.head.register_forward_pre_hook(keep_hidden, prepend=True)]
-        hooks.append(self.head.register_forward_pre_hook(compute))
+        self.targets = targets, divisor
         try:
-            yield
+            return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         finally:
-            for hook in hooks:
-                hook.remove()
-            self.hidden = self.loss = None
+            self.targets = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of the last forward. The Trainer's arguments repeat what `instead_of_logits` was told."""
-        return self.loss
+
+def put_loss_head(model: PreTrainedModel) -> LossHead | None:
+    """Put a LossHead in the place of lm_head, before FSDP or DeepSpeed takes the model over.
+
+    Returns None, and changes nothing, if lm_head is trained or is more than a matrix: then the loss needs the logits.
+    """
+    head = model.get_output_embeddings()
+    if type(head) not in (torch.nn.Linear, LossHead) or head.weight.requires_grad or head.bias is not None:
+        return None
+    if type(head) is torch.nn.Linear:
+        head = LossHead(head)
+        model.set_output_embeddings(head)
+    return head

@@ -1,7 +1,5 @@
 """The Trainer of this project: the stock one with our batches, attention, loss and checkpoints."""
 
-import copy
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +13,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from finetuning.cli.console import fact, fail, say
 from finetuning.distributed import adjust_fsdp, fill_up, share_rows_once
 from finetuning.model.soft_prompts import SoftPromptModel
-from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages, torch_has_varlen
+from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages
 from finetuning.training.callbacks import NotFiniteGuard
-from finetuning.training.checkpoints import CheckpointWriter, explain_failed_write
+from finetuning.training.checkpoints import explain_failed_write
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
-from finetuning.training.losses import ChunkedLoss
-from finetuning.training.trackers import start_swanlab
+from finetuning.training.flags import start_swanlab
+from finetuning.training.losses import put_loss_head
 
 
 class FineTuningTrainer(Trainer):
@@ -37,10 +35,8 @@ class FineTuningTrainer(Trainer):
     def __init__(self, model: PeftModel | PreTrainedModel, args: TrainingArguments, kernel: str, **kwargs: Any) -> None:
         self.kernel = kernel
         self.base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-        head = self.base_model.get_output_embeddings()
-        # in full fine-tuning lm_head is trained too, and the stock loss is used
-        self.chunked_loss = None if head.weight.requires_grad else ChunkedLoss(head)
-        super().__init__(model, args, compute_loss_func=self.chunked_loss, **kwargs)
+        self.loss_head = put_loss_head(self.base_model)
+        super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled:
             adjust_fsdp(self.accelerator.state.fsdp_plugin, self.base_model.get_decoder().layers)
         self.not_finite_guard = NotFiniteGuard(self.accelerator.scaler)
@@ -55,9 +51,12 @@ class FineTuningTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         row_numbers = inputs.pop("row_numbers", [])
-        chunked = self.chunked_loss
-        with chunked.instead_of_logits(inputs["labels"], num_items_in_batch) if chunked else nullcontext():
+        if self.loss_head is None:  # full fine-tuning, for one
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self.loss_head.loss(model, inputs, num_items_in_batch), {}
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # whose gradients DDP averages
         if model.training:
             self.not_finite_guard.record(row_numbers, loss.detach())
         else:
@@ -103,20 +102,17 @@ def prepare_adapter(model: PeftModel) -> None:
 def make_trainer(
     model: PeftModel | PreTrainedModel,
     pad_token_id: int,
-    training_args: TrainingArguments,
+    args: TrainingArguments,
     train_dataset: Dataset,
     eval_dataset: Dataset | None = None,
-    adapter_files: dict[str, str] | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> FineTuningTrainer:
     """Build the Trainer, with batches without padding if the model allows them.
 
     Args:
+        args: the Trainer's; rows in random order are grouped by length, and `args` say so, if they have to be padded.
         train_dataset, eval_dataset: the columns of `common.preprocess_function`.
-        adapter_files: texts to save in each checkpoint, from `describe_adapter`; None if no checkpoint is saved.
     """
-    args = copy.copy(training_args)
-    args.push_to_hub = False  # see hub.py
     virtual_tokens = len(model.virtual_tokens) if isinstance(model, SoftPromptModel) else 0
     if can_flatten(model.config) and args.neftune_noise_alpha is None:  # NEFTune's noise depends on a row's length
         collator = FlattenCollator(virtual_tokens)
@@ -124,14 +120,11 @@ def make_trainer(
         collator = PadCollator(pad_token_id, virtual_tokens)
         if args.train_sampling_strategy == "random":
             args.train_sampling_strategy = "group_by_length"
-    if adapter_files:
-        callbacks += (CheckpointWriter(adapter_files, args.save_total_limit),)
-        args.save_total_limit = None  # or the Trainer would remove an old checkpoint before the new one is whole
     if eval_dataset is not None and args.world_size > 1:
         eval_dataset = fill_up(eval_dataset, args.eval_batch_size * args.world_size)
     capability = torch.cuda.get_device_capability(args.device) if args.device.type == "cuda" else None
     flattened = isinstance(collator, FlattenCollator)
-    kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16, torch_has_varlen())
+    kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16)
     fact("batches", f"{'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
     missing = missing_packages(model.config)
     if capability and missing:

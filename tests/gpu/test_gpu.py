@@ -30,7 +30,7 @@ from finetuning.preprocessing.encode import pad_token_id
 from finetuning.preprocessing.templates import set_prompt_format
 from finetuning.training.attention import attention, choose_attention, torch_has_varlen
 from finetuning.training.collators import FlattenCollator, PadCollator
-from finetuning.training.losses import ChunkedLoss
+from finetuning.training.losses import put_loss_head
 from finetuning.training.trainer import make_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -117,12 +117,8 @@ def loss_and_gradient(dtype: torch.dtype, kernel: str, collator: Any) -> tuple[f
     model = lora_model(dtype)
     batch = collator(random_rows())
     batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    labels = batch.pop("labels")
-    chunked = ChunkedLoss(model.get_base_model().get_output_embeddings())
-    attended = attention(model.get_base_model(), kernel)
-    with torch.autocast("cuda", dtype), attended, chunked.instead_of_logits(labels, 1):
-        model(**batch)
-        loss = chunked()
+    with torch.autocast("cuda", dtype), attention(model.get_base_model(), kernel):
+        loss = put_loss_head(model.get_base_model()).loss(model, batch, 1)
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad]
     return loss.item(), torch.cat(gradients)
@@ -158,7 +154,7 @@ def test_the_chosen_kernel_is_the_fast_one(model_path: str) -> None:
     """On compute capability 8.0 and later, half precision goes through varlen_attn; nothing goes through cuDNN."""
     capability = torch.cuda.get_device_capability()
     config = small_model().config
-    chosen = choose_attention(config, True, capability, True, torch_has_varlen())
+    chosen = choose_attention(config, True, capability, True)
     assert chosen == ("repeated_rows" if capability < (8, 0) else "varlen" if torch_has_varlen() else "rows")
     inference.load_for_inference(ModelArguments(model_path=model_path), None)
     assert not torch.backends.cuda.cudnn_sdp_enabled()

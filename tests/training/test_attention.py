@@ -153,16 +153,25 @@ def test_padded_rows_need_no_mask(model_type: str, kernel: str) -> None:
         (False, None, False, False, "rows"),
     ],
 )
-def test_choice(flattened: bool, capability: tuple[int, int] | None, half: bool, varlen: bool, kernel: str) -> None:
-    assert choose_attention(make_model().config, flattened, capability, half, varlen) == kernel
+def test_choice(
+    flattened: bool,
+    capability: tuple[int, int] | None,
+    half: bool,
+    varlen: bool,
+    kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "torch_has_varlen", lambda: varlen)
+    assert choose_attention(make_model().config, flattened, capability, half) == kernel
 
 
-def test_choice_by_model() -> None:
+def test_choice_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "torch_has_varlen", lambda: True)
     sliding = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1).config
-    assert choose_attention(sliding, False, (9, 0), True, True) == STOCK  # the windows would be lost
+    assert choose_attention(sliding, False, (9, 0), True) == STOCK  # the windows would be lost
     dropout = make_model(attention_dropout=0.1).config
-    assert choose_attention(dropout, True, (9, 0), True, True) == "rows"  # varlen_attn has none
-    assert choose_attention(make_model("qwen3_next").config, False, (7, 5), True, True) == "repeated_rows"
+    assert choose_attention(dropout, True, (9, 0), True) == "rows"  # varlen_attn has none
+    assert choose_attention(make_model("qwen3_next").config, False, (7, 5), True) == "repeated_rows"
 
 
 def test_which_torch_has_varlen(monkeypatch: pytest.MonkeyPatch) -> None:

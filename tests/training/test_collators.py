@@ -16,12 +16,13 @@ def test_flattened_batch_literally() -> None:
     ]
     batch = FlattenCollator()(rows)
     assert batch.pop("use_cache") is False
-    assert batch.pop("row_lengths") == [3, 2] and batch.pop("longest_row") == 3
-    assert batch["cu_seq_lens"].dtype == torch.int32  # as the kernel wants it
+    assert batch.pop("row_lengths") == [3, 2] and batch.pop("max_length_q") == batch.pop("max_length_k") == 3
+    assert batch["cu_seq_lens_q"].dtype == torch.int32  # as the kernel wants it
+    assert torch.equal(batch.pop("cu_seq_lens_k"), batch["cu_seq_lens_q"])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4, 5]],
         "position_ids": [[0, 1, 2, 0, 1]],
-        "cu_seq_lens": [0, 3, 5],
+        "cu_seq_lens_q": [0, 3, 5],
         "logits_to_keep": [0, 1, 3],  # token 3 does not predict token 4 of the next row
         "labels": [[2, 3, 5]],
         "shift_labels": [[2, 3, 5]],
@@ -86,8 +87,11 @@ def test_flattening_a_hybrid_would_leak(model_type: str) -> None:
     model = make_model(model_type)
     rows = make_rows()
     expected = sum(loss_alone(model, row) for row in rows).item()
-    flattened = model(**FlattenCollator()(rows), num_items_in_batch=torch.tensor(1)).loss.item()
-    assert abs(flattened - expected) > 1e-3 * expected
+    batch = FlattenCollator()(rows) | {"num_items_in_batch": torch.tensor(1)}
+    with pytest.raises(ValueError, match="packed sequences"):  # as transformers can tell by `cu_seq_lens_q`
+        model(**batch)
+    del batch["cu_seq_lens_q"], batch["cu_seq_lens_k"]
+    assert abs(model(**batch).loss.item() - expected) > 1e-3 * expected
 
 
 def test_cache_would_mix_rows() -> None:

@@ -2,21 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import FLAT, HYBRID, TOKENS, loss_alone, make_model, make_rows, make_soft
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.training import losses
 from finetuning.training.attention import attention as attention_context
 from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
-from finetuning.training.losses import ChunkedCrossEntropy, ChunkedLoss
+from finetuning.training.losses import ChunkedCrossEntropy, put_loss_head
+from finetuning.training.trainer import make_trainer
 
 
 def attention(model: torch.nn.Module) -> AbstractContextManager:
@@ -27,12 +31,18 @@ def attention(model: torch.nn.Module) -> AbstractContextManager:
 def fast_loss(model: torch.nn.Module, batch: dict[str, Any], items: torch.Tensor | None = None) -> torch.Tensor:
     """The loss as `FineTuningTrainer` computes it."""
     base = model.get_base_model() if isinstance(model, SoftPromptModel) else model
-    chunked = ChunkedLoss(base.get_output_embeddings())
-    labels = batch.pop("labels")
-    with chunked.instead_of_logits(labels, items):
-        output = model(**batch)
-        assert output.logits.shape[:2] == (len(labels), 1)  # of a single position
-        return chunked(output, labels)
+    return put_loss_head(base).loss(model, batch, items)
+
+
+def train_one_step(model: torch.nn.Module, folder: Path) -> Trainer:
+    """A step on all of `make_rows`, and an evaluation."""
+    args = TrainingArguments(str(folder), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    args.remove_unused_columns, args.prediction_loss_only = False, True
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = len(make_rows())
+    trainer = make_trainer(model, 0, args, make_rows(), make_rows())
+    trainer.train()
+    trainer.evaluate()
+    return trainer
 
 
 def freeze_vocabulary(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -83,11 +93,26 @@ def test_soft_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model, batch = make_model(), FlattenCollator()(make_rows())
     freeze_vocabulary(model)
-    before = model(**batch)
+    before, names, head = model(**batch), dict(model.named_parameters()), model.lm_head.weight
     with torch.no_grad(), attention(model):
-        assert fast_loss(model, dict(batch)).item() == pytest.approx(before.loss.item(), rel=1e-6)
+        for _ in range(2):  # a second Trainer of the same model
+            assert fast_loss(model, batch).item() == pytest.approx(before.loss.item(), rel=1e-6)
+    with pytest.raises(IndexError):  # as when memory runs out in the middle of a step
+        fast_loss(model, batch | {"input_ids": batch["input_ids"] + 1000})
     after = model(**batch)
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
+    assert dict(model.named_parameters()) == names and model.lm_head.weight is head
+    assert isinstance(model.lm_head, torch.nn.Linear) and model.lm_head.out_features == 264  # to adapt, or to merge
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_weights_stay_tied(tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    freeze_vocabulary(model)
+    put_loss_head(model)
+    model.tie_weights()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.state_dict().keys() == make_model(tie_word_embeddings=tied).state_dict().keys()
 
 
 def test_a_turn_without_rows() -> None:
@@ -95,15 +120,37 @@ def test_a_turn_without_rows() -> None:
     model = make_model()
     freeze_vocabulary(model)
     batch = FlattenCollator()([{"input_ids": [1, 2], "labels": [IGNORE_INDEX] * 2}])
-    chunked = ChunkedLoss(model.get_output_embeddings())
-    with attention(model), chunked.instead_of_logits(batch.pop("labels"), torch.tensor(0)):
-        model(**batch)
-        assert chunked() == 0
+    with attention(model):
+        assert fast_loss(model, batch, torch.tensor(0)) == 0
 
 
-def test_trained_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="lm_head"):
-        ChunkedLoss(make_model().lm_head)
+def test_the_trainer_computes_no_logits(tmp_path: Path) -> None:
+    model, outputs = make_soft(), []
+    expected = model(**FlattenCollator(TOKENS)(make_rows())).loss.item()
+    model.register_forward_hook(lambda *args: outputs.append(args[-1].logits))
+    history = train_one_step(model, tmp_path).state.log_history
+    assert history[0]["train_loss"] == pytest.approx(expected, rel=1e-5) and history[1]["eval_loss"] < expected
+    assert [output.shape for output in outputs] == [(), ()]  # of the step and of the evaluation
+
+
+@pytest.mark.parametrize("changed", ["trained", "bias", "LoRA", "LoRA and whole"])
+def test_other_heads_get_the_stock_loss(changed: str, tmp_path: Path) -> None:
+    """The chunked loss gives no gradient to lm_head or to an adapter of it, and knows no bias."""
+    model = make_model()
+    freeze_vocabulary(model)
+    if changed == "trained":
+        model.lm_head.weight.requires_grad = True
+    elif changed == "bias":
+        model.lm_head = torch.nn.Linear(32, 264).requires_grad_(False)
+    else:
+        names = {"target_modules": ["lm_head"]} if changed == "LoRA" else {"modules_to_save": ["lm_head"]}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | names)))
+    before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    expected = model(**FlattenCollator()(make_rows())).loss.item()
+    history = train_one_step(model, tmp_path).state.log_history
+    assert history[0]["train_loss"] == pytest.approx(expected, rel=1e-5) and history[1]["eval_loss"] < expected
+    unchanged = {name for name, value in model.named_parameters() if name in before and value.equal(before[name])}
+    assert not {name for name in unchanged if "lora_A" not in name}  # whose gradient is 0 while lora_B is
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

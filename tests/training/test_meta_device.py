@@ -14,7 +14,7 @@ from finetuning.generation.labels import score_labels
 from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import attention
 from finetuning.training.collators import FlattenCollator, PadCollator
-from finetuning.training.losses import ChunkedLoss
+from finetuning.training.losses import put_loss_head
 
 MASKS = {"_ignore_causal_mask_sdpa", "create_recurrent_attention_mask"}  # is there padding at all?
 GENERATION = {"_prepare_special_tokens", "generate", "_get_logits_processor"}  # checks before the first token
@@ -64,10 +64,9 @@ def test_a_training_step_reads_nothing(model_type: str, kernel: str, method: str
         name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in collated.items()
     }
     base = model.get_base_model()
-    chunked, labels = ChunkedLoss(base.get_output_embeddings()), batch.pop("labels")
     items = torch.ones((), dtype=torch.long, device="meta")
-    with attention(base, kernel), chunked.instead_of_logits(labels, items):
-        loss = chunked(model(**batch))
+    with attention(base, kernel):
+        loss = put_loss_head(base).loss(model, batch, items)
         loss.backward()
     assert loss.device.type == "meta"
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
