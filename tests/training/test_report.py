@@ -117,6 +117,11 @@ def test_card_is_true(
     assert "](loss.png)" in card.text and "on the 12 rows" in card.text.lower()
     table = card.text[card.text.index("| task |") : card.text.index("## Use it")].strip()
     assert table in printed and found["metrics"]["scores"]["rows"]["rows"] == 12
+    assert card.data.model_name == "out" and {result.dataset_config for result in card.data.eval_results} == {"rows"}
+    values = found["metrics"]["scores"]["rows"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {"exact_match": "exact_match", "sacrebleu": "bleu", "chrf": "chrf"}
+    assert results == {name: round(values[ours], 2) for name, ours in expected.items()}
     if script is train_prompt_tuning:
         assert found["settings"]["num_virtual_tokens"] == 15
 
@@ -140,6 +145,29 @@ def test_card_names_a_base_model_of_the_hub(trained: Callable[..., Path]) -> Non
     assert "Scores" not in card.text and "loss.png" not in card.text
     assert f"````bash\n{found['command']}\n````" in card.text
     compile(re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)[0], "card", "exec")
+
+
+def test_results_on_the_hub(trained: Callable[..., Path]) -> None:
+    """Its readers find each task with its own metrics, by the hub's names."""
+    found = read_report(trained(train_lora))
+    texts = {"rows": 2, "exact_match": 50.0, "bleu": 12.3456, "chrf": 30.0, "bleu_tokenizer": "zh"}
+    words = {
+        "rows": 2,
+        "exact_match": 50.0,
+        "accuracy": 75.0,
+        "macro_f1": 60.0,
+        "labels": ["a"],
+        "confusion_matrix": [],
+    }
+    found["metrics"] = {"data_path": "my data/test.json", "rows": 4, "scores": {"say": texts, "sort: it": words}}
+    results = ModelCard(report.make_model_card(found, "out/lora", "| table |", None)).data.eval_results
+    kinds = {("say", "text-generation"), ("sort: it", "text-classification")}
+    assert {(result.dataset_config, result.task_type) for result in results} == kinds
+    assert [(result.metric_type, result.metric_value) for result in results] == [
+        *(("exact_match", 50.0), ("sacrebleu", 12.35), ("chrf", 30.0)),
+        *(("exact_match", 50.0), ("accuracy", 75.0), ("f1", 60.0)),
+    ]
+    assert {result.dataset_type for result in results} == {"test"}
 
 
 def test_no_token_is_published(run: Run, flags: list[str], tmp_path: Path) -> None:
