@@ -18,22 +18,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.cli.commands import resume_command
-from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
+from finetuning.cli.console import fail, is_disk_error, say, warn
 from finetuning.distributed import engine_asked_for
 from finetuning.model.fingerprint import compare_fingerprints
 from finetuning.model.folder import (
+    CARD,
     CONFIG,
     CONFUSION,
     CURVE,
     INFO,
     METRICS,
     REPORT,
+    RESUME,
     SCRATCH,
     WEIGHTS,
     adapter_state,
+    describe_disk_error,
     find_broken_part,
     find_checkpoints,
     flush_to_disk,
+    last_complete,
     step_of_name,
     write_adapter,
 )
@@ -160,12 +164,9 @@ def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
     if not is_disk_error(error) or not (half_written or str(folder) in str(error)):
         return
     shutil.rmtree(folder, ignore_errors=True)
-    free = shutil.disk_usage(output_dir).free / 2**20
-    last = next((str(path) for path in find_checkpoints(output_dir) if not find_broken_part(path)), "none yet")
+    last = last_complete(output_dir) or "none yet"
     fail(
-        f"{folder} cannot be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
-        f"The last complete checkpoint is {last}. Make room, and resume with: {resume_command()}",
-        1,
+        f"{describe_disk_error(folder, error)}\nThe last complete checkpoint is {last}. {RESUME} {resume_command()}", 1
     )
 
 
@@ -185,13 +186,11 @@ def check_output_dir(output_dir: str, allowed: bool) -> None:
         return
     kind = "an adapter" if (folder / WEIGHTS).exists() else "files"
     remedy = "name another folder, or add --overwrite_output_dir True to replace what it holds"
-    checkpoints = find_checkpoints(folder)
-    if checkpoints:
+    if last_complete(folder):
         kind = "checkpoints"
-        if all(find_broken_part(checkpoint) for checkpoint in checkpoints):
-            kind += ", none of them complete"
-        else:
-            remedy += "\nor --resume_from_checkpoint True to resume from the last checkpoint"
+        remedy += "\nor --resume_from_checkpoint True to resume from the last checkpoint"
+    elif find_checkpoints(folder):
+        kind = "checkpoints, none of them complete"
     fail(f"--output_dir '{folder}' already holds {kind}; {remedy}")
 
 
@@ -201,16 +200,14 @@ def clear_output_dir(output_dir: str, overwrite: bool, resumed_at: int) -> None:
     To overwrite, these are the checkpoints, scores and report of another run; to resume, the checkpoints after the step
     `resumed_at`. They may be half written, and as the highest they would outlive the complete ones.
     """
-    for folder in Path(output_dir).glob(SCRATCH + "*"):
-        shutil.rmtree(folder)
     later = [path for path in find_checkpoints(output_dir) if resumed_at and step_of_name(path) > resumed_at]
-    for folder in later:
+    for folder in (*later, *Path(output_dir).glob(SCRATCH + "*")):
         shutil.rmtree(folder)
     if later:
         say(f"resumed at step {resumed_at}; removed: {', '.join(folder.name for folder in later)}")
     if overwrite:
         remove_checkpoints(output_dir)
-        for name in (METRICS, CONFUSION, REPORT, CURVE):
+        for name in (METRICS, CONFUSION, REPORT, CURVE, CARD):
             Path(output_dir, name).unlink(missing_ok=True)
 
 
@@ -260,9 +257,7 @@ def find_resume_checkpoint(
     if found:
         remedy = "Repeat the first command, or start anew with another --output_dir"
         fail(f"'{folder}' was trained with {'; '.join(found)}.\n{remedy}")
-    before, now = (its.get("settings", {}).get("processes", 1) for its in (saved, info))
-    if before != now:
-        say(
-            f"resumed with {now} process(es) instead of {before}: each step keeps its rows, dropout draws other numbers"
-        )
+    old, new = (its.get("settings", {}).get("processes", 1) for its in (saved, info))
+    if old != new:
+        say(f"resumed with {new} process(es) instead of {old}: each step keeps its rows, dropout draws other numbers")
     return str(folder)

@@ -161,9 +161,7 @@ def draw_losses(history: list[dict[str, Any]], file: Path) -> None:
             if steps:
                 marker = "o" if len(steps) <= FEW or name == "eval_loss" else ""
                 axes.plot(steps, losses, color=colour, label=title, marker=marker, markersize=3, linewidth=1.6)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -522,7 +522,7 @@ def test_disk_that_is_full_at_the_end(
     out, flags = tmp_path / "out", [*flags, "--lora_r", "1024", "--save_steps", "6"]
     full_disk(1_000_000)
     message = run_main(train_lora, *flags, expected=1)
-    assert "the adapter cannot be written" in message and "--resume_from_checkpoint True" in message
+    assert f"{out} cannot be written" in message and "--resume_from_checkpoint True" in message
     assert not (out / "adapter_model.safetensors").exists()
     full_disk()
     run_main(train_lora, *flags, "--resume_from_checkpoint", "True")
