@@ -104,7 +104,9 @@ class CheckpointWriter(TrainerCallback):
     def __init__(self, adapter_files: dict[str, str], save_total_limit: int | None) -> None:
         self.adapter_files = adapter_files
         self.save_total_limit = save_total_limit
-        self.saved_at = 0  # the step of the last checkpoint
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.saved_at = 0  # the step of the last checkpoint; training begins anew if --auto_find_batch_size needs it
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Set a checkpoint of the same step aside: until the new one is complete, it may be the only one."""
