@@ -1,15 +1,18 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare it with an undisturbed run.
+"""End a training run with SIGKILL or SIGTERM at random moments, resume it each time; it must equal an undisturbed run.
 
     python tests/soak.py --kills 20
     python tests/soak.py --kills 10 --processes 2
 
-For both methods, on models/tiny-qwen, with a checkpoint after every step. The weights must be equal, to the last bit.
-Of several processes one is killed; the others must end within ten minutes.
+For both methods, on models/tiny-qwen, with a checkpoint after every step and room for one. After each signal the last
+complete checkpoint must be there still, or a later one; sometimes a half-written one is put beside it. In the end the
+weights must be equal, to the last bit. Of several processes one gets it; the others must end within ten minutes.
 """
 
 import argparse
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +26,7 @@ from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_lora.py", "train_prompt_tuning.py")
-RUN = "--save_steps 1 --per_device_train_batch_size 2 --learning_rate 1e-3 --logging_steps 1"
+RUN = "--save_steps 1 --save_total_limit 1 --per_device_train_batch_size 2 --learning_rate 1e-3 --logging_steps 1"
 
 
 def start(script: str, flags: list[str], processes: int) -> subprocess.Popen[str]:
@@ -35,8 +38,8 @@ def start(script: str, flags: list[str], processes: int) -> subprocess.Popen[str
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment | {"PYTHONUNBUFFERED": "1"}, **options)
 
 
-def killed(script: str, flags: list[str], seconds: float, rank: int, processes: int) -> bool:
-    """Run, and kill a process some seconds after the first step; returns whether it was killed before its end."""
+def ended(script: str, flags: list[str], number: int, seconds: float, rank: int, processes: int) -> bool:
+    """Run, and send a process a signal some seconds after the first step; returns whether it came before the end."""
     process = start(script, flags, processes)
     printed = []
     for line in process.stdout:
@@ -46,15 +49,16 @@ def killed(script: str, flags: list[str], seconds: float, rank: int, processes: 
     victims = psutil.Process(process.pid).children() if processes > 1 else [process]
     time.sleep(seconds)
     with suppress(psutil.NoSuchProcess):
-        victims[rank % len(victims)].send_signal(signal.SIGKILL)
+        victims[rank % len(victims)].send_signal(number)
     printed.append(process.communicate(timeout=600)[0])
-    if process.returncode not in (0, -signal.SIGKILL) and "(SIGKILL)" not in printed[-1]:
+    codes = (0, -number, 128 + number)
+    if process.returncode not in codes and not any(word in printed[-1] for word in ("(SIGKILL)", "exitcode  : 143")):
         raise RuntimeError("".join(printed))
     return process.returncode != 0
 
 
 def soak(script: str, steps: int, kills: int, seed: int, processes: int = 1) -> tuple[int, float]:
-    """Returns how often the run was killed, and the largest difference of a weight from the undisturbed run's."""
+    """Returns how often the run was ended, and the largest difference of a weight from the undisturbed run's."""
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder, "whole"), Path(folder, "broken")
@@ -62,22 +66,41 @@ def soak(script: str, steps: int, kills: int, seed: int, processes: int = 1) -> 
         finish(script, [*flags, str(whole)], processes)
         count = 0
         for _ in range(kills):
-            more, seconds, rank = how_to_continue(broken), generator.uniform(0, 0.4), generator.randrange(processes)
-            if not killed(script, [*flags, str(broken), *more], seconds, rank, processes):
+            before, number = last_complete(broken), generator.choice((signal.SIGKILL, signal.SIGTERM))
+            seconds, rank = generator.uniform(0, 0.4), generator.randrange(processes)
+            more = [*flags, str(broken), *how_to_continue(before)]
+            if not ended(script, more, number, seconds, rank, processes):
                 break
             count += 1
-            if (broken / "adapter_model.safetensors").exists() and not any(broken.glob("checkpoint-*")):
+            last, finished = last_complete(broken), (broken / "adapter_model.safetensors").exists()
+            if last < before and not finished:
+                raise RuntimeError(f"step {before} was complete; after signal {number}, {last} is the last that is")
+            if finished and not any(broken.glob("checkpoint-*")):
                 break
+            if last and generator.random() < 0.5:
+                half = broken / f"checkpoint-{last + 1}"
+                shutil.copytree(broken / f"checkpoint-{last}", half, dirs_exist_ok=True)
+                (half / generator.choice(("optimizer.pt", "adapter_info.json"))).unlink()
         if any(broken.glob("checkpoint-*")):
-            finish(script, [*flags, str(broken), *how_to_continue(broken)], processes)
+            finish(script, [*flags, str(broken), *how_to_continue(last_complete(broken))], processes)
         first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, broken))
         return count, max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-def how_to_continue(folder: Path) -> list[str]:
-    """Resume, or start anew if the run was killed before its first checkpoint was whole."""
-    whole = any((checkpoint / "adapter_info.json").exists() for checkpoint in folder.glob("checkpoint-*"))
-    return ["--resume_from_checkpoint" if whole else "--overwrite_output_dir", "True"]
+def last_complete(folder: Path) -> int:
+    """The last step whose checkpoint has all its files, in their sizes; 0 if there is none."""
+    steps = [0]
+    for checkpoint in folder.glob("checkpoint-*"):
+        with suppress(OSError, ValueError):  # missing files, half a JSON file
+            files = json.loads((checkpoint / "adapter_info.json").read_text(encoding="utf-8"))["files"]
+            if all((checkpoint / name).stat().st_size == size for name, size in files.items()):
+                steps.append(int(checkpoint.name.split("-")[1]))
+    return max(steps)
+
+
+def how_to_continue(step: int) -> list[str]:
+    """Resume, or start anew if the run was ended before its first checkpoint was complete."""
+    return ["--resume_from_checkpoint" if step else "--overwrite_output_dir", "True"]
 
 
 def finish(script: str, flags: list[str], processes: int) -> None:
@@ -96,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     for script in SCRIPTS:
         count, difference = soak(script, args.steps, args.kills, args.seed, args.processes)
-        print(f"{script}: killed {count} times in {args.steps} steps; largest difference {difference}", flush=True)
+        print(f"{script}: ended {count} times in {args.steps} steps; largest difference {difference}", flush=True)
         if difference:
             sys.exit(1)
 

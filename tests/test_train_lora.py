@@ -442,7 +442,7 @@ def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], 
     checkpoint = tmp_path / "out" / "checkpoint-3"
     (checkpoint / name).unlink()
     message = run(*interrupted, "--resume_from_checkpoint", checkpoint, expected=2)
-    assert "no whole checkpoint" in message
+    assert "no complete checkpoint" in message
 
 
 @pytest.mark.parametrize(
@@ -455,8 +455,8 @@ def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], 
         (["--prompt_format", "chat"], "prompt_format"),
         (["--seed", "1"], "--seed 42, not 1"),  # trap 63
         (["--max_length", "99"], "--max_length 1024, not 99"),
-        (["--per_device_train_batch_size", "2"], "--per_device_train_batch_size 4, not 2"),
-        (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps 1, not 2"),
+        (["--per_device_train_batch_size", "2"], "x --gradient_accumulation_steps x processes) 4, not 2"),
+        (["--gradient_accumulation_steps", "2"], "x --gradient_accumulation_steps x processes) 4, not 8"),
         (["--learning_rate", "1e-5"], "--learning_rate 0.0003, not 1e-05"),
     ],
 )

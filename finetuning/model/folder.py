@@ -39,6 +39,7 @@ REPORT, CURVE, CARD = "training_report.json", "loss.png", "README.md"
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
 SCRATCH = ".saving"  # prefix of folders still being written
+RESUME = "Make room, and resume from the last checkpoint with:"
 
 
 def describe_adapter(
@@ -101,7 +102,6 @@ def write_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
     config.inference_mode = True
-    model.create_or_update_model_card(folder)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
 
@@ -149,14 +149,14 @@ def save_adapter(
     except (OSError, SafetensorError) as error:
         if not is_disk_error(error):
             raise
-        free = shutil.disk_usage(output_dir).free / 2**20
-        fail(
-            f"the adapter cannot be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
-            f"Make room, and resume from the last checkpoint with: {resume_command()}",
-            1,
-        )
+        fail(f"{describe_disk_error(scratch.parent, error)}\n{RESUME} {resume_command()}", 1)
     finally:
         shutil.rmtree(scratch)
+
+
+def describe_disk_error(folder: Path, error: Exception) -> str:
+    free = shutil.disk_usage(folder.parent).free / 2**20
+    return f"{folder} cannot be written: {free:.1f} MB are free on its disk ({first_line(error)})."
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -187,10 +187,13 @@ def find_broken_part(folder: Path) -> str | None:
         sizes = json.loads((folder / INFO).read_text(encoding="utf-8")).get("files", {})  # older ones list none
     except (OSError, ValueError):
         return f"{INFO} is missing or broken"
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            return f"{name} is {'broken' if (folder / name).is_file() else 'missing'}"
-    return None
+    found = {name: (folder / name).stat().st_size for name in sizes if (folder / name).is_file()}
+    broken = [name for name, size in sizes.items() if found.get(name) != size]
+    return f"{broken[0]} is {'broken' if broken[0] in found else 'missing'}" if broken else None
+
+
+def last_complete(output_dir: str | Path) -> Path | None:
+    return next((path for path in find_checkpoints(output_dir) if not find_broken_part(path)), None)
 
 
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,11 +208,10 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"adapter folder '{adapter_path}' does not exist; name the folder that a training run has saved,\n"
             "or ask the base model alone with --model_path"
         )
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            complete = [path for path in find_checkpoints(folder) if not find_broken_part(path)]
-            hint = f"; it holds a checkpoint: --adapter_path {complete[0]}" if complete else ""
-            fail(f"'{adapter_path}' holds no {name}: it is not a finished adapter{hint}")
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        checkpoint = last_complete(folder)
+        hint = f"; it holds a checkpoint: --adapter_path {checkpoint}" if checkpoint else ""
+        fail(f"'{adapter_path}' holds no {missing[0]}: it is not a finished adapter{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         info = json.loads((folder / INFO).read_text(encoding="utf-8")) if (folder / INFO).is_file() else {}

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -12,12 +13,13 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetuning.cli.commands import resume_command
-from finetuning.cli.console import announce, fail, is_main_process, say
+from finetuning.cli.console import announce, fail, is_main_process
 
 # With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
 # they still do at a scale of 1, the gradients themselves are too large.
 SMALLEST_LOSS_SCALE = 1
 MOST_ROWS = 16  # named in a message
+MOST_LOSSES = 1024  # that wait for a log
 
 
 class StopOnSignal(TrainerCallback):
@@ -50,7 +52,11 @@ class StopOnSignal(TrainerCallback):
         if self.caught:
             raise KeyboardInterrupt
         self.caught = number
-        say("\nstopping after this step, with a checkpoint (once more: stop at once)")
+        if is_main_process():
+            with suppress(
+                OSError
+            ):  # not printed: a signal may come in the middle of a print, and streams refuse another
+                os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.group:
@@ -60,6 +66,11 @@ class StopOnSignal(TrainerCallback):
         if self.caught:
             control.should_save = control.should_training_stop = True
         return control
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End an epoch that a signal has cut short without its evaluation, which is due when it is complete."""
+        if self.caught and state.global_step < state.max_steps and not float(state.epoch).is_integer():
+            control.should_evaluate = control.should_save = False
 
     def exit_if_caught(self) -> None:
         """End the program with the exit code that a shell expects after a signal: 130 or 143."""
@@ -94,6 +105,8 @@ class NotFiniteGuard(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step + 1
+        if len(self.forwards) > MOST_LOSSES:  # logs are rare
+            self.forwards = [forward for forward in self.forwards if not forward[2].isfinite()][:MOST_ROWS]
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         control.should_log = control.should_log or control.should_save

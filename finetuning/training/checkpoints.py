@@ -18,22 +18,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from finetuning.cli.commands import resume_command
-from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
+from finetuning.cli.console import fail, is_disk_error, say, warn
 from finetuning.distributed import engine_asked_for
 from finetuning.model.fingerprint import compare_fingerprints
 from finetuning.model.folder import (
+    CARD,
     CONFIG,
     CONFUSION,
     CURVE,
     INFO,
     METRICS,
     REPORT,
+    RESUME,
     SCRATCH,
     WEIGHTS,
     adapter_state,
+    describe_disk_error,
     find_broken_part,
     find_checkpoints,
     flush_to_disk,
+    last_complete,
     step_of_name,
     write_adapter,
 )
@@ -41,17 +45,52 @@ from finetuning.training.flags import Arguments
 
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
-
-# Fields of TrainingArguments that a resumed run must share; with another number of processes, the rows of a step.
+# How the flags begin that a resumed run may change: reports, length, evaluation, memory and precision. All others
+# must stay, also those of a later transformers. What came of data_path and prompt_format is compared instead of them.
+MAY_CHANGE = """
+output_dir resume_ num_train_epochs max_steps max_grad_norm bf16 fp16 tf32 use_ full_determinism activation_
+gradient_checkpointing torch_ liger_ auto_find_ log report_to run_name project trackio_ disable_tqdm include_ debug
+do_ skip_memory_ eval_st eval_delay eval_on_ eval_do_ eval_use_ eval_acc eval_data_path per_device_eval_
+prediction_loss_only batch_eval_ load_best_ metric_for_ greater_is_ save_ enable_jit_ restore_ push_ hub_ local_rank
+ddp_ fsdp deepspeed accelerator_ parallelism_ dataloader_num_ dataloader_p dataloader_m dataloader_in_
+remove_unused_ label_names length_ ignore_data_skip data_path prompt_format show_rows preprocessing_ token_cache_
+"""
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-RUN_SETTINGS = ("seed", *ROWS, "learning_rate")
 
 
 def run_settings(args: Arguments) -> dict[str, Any]:
     """What a resumed run must share, to be saved in adapter_info.json."""
-    settings = {name: getattr(args.training, name) for name in RUN_SETTINGS}
-    settings |= {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
-    return settings | {"max_length": args.data.max_length, "thinking": args.data.thinking}
+    flags = args.training.to_dict() | vars(args.data)
+    settings = {name: value for name, value in flags.items() if not name.startswith(tuple(MAY_CHANGE.split()))}
+    return settings | {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
+
+
+def must_match(config: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint and a run that resumes it must share, in one dictionary, by the names that a message gives it.
+
+    Args:
+        config: of PEFT.
+        info: the contents of adapter_info.json. Older ones lack some settings; what one side lacks is not compared.
+    """
+    shared = {name: value for name, value in config.items() if name not in NOT_COMPARED}
+    shared = {name: sorted(value) if isinstance(value, list) else value for name, value in shared.items()}
+    shared |= {name: info[name] for name in ("quantization", "data_sha256", "prompt_format") if name in info}
+    if "settings" in info:
+        settings = {"engine": None, "processes": 1} | info["settings"]
+        engine, processes = settings.pop("engine"), settings.pop("processes")
+        # the rows of a step stay the same, in whichever way batches, accumulation and processes divide them
+        rows = math.prod(settings.pop(name) for name in ROWS) * processes
+        shared |= {f"--{name}": value for name, value in settings.items()}
+        shared |= {"engine": engine, f"rows a step (--{' x --'.join(ROWS)} x processes)": rows}
+        if engine == "DeepSpeed":
+            shared["processes"] = processes  # each of which reads the part that it wrote
+    return shared
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """How two dictionaries of `must_match` differ, as parts of a message."""
+    names = sorted(saved.keys() & current.keys())
+    return [f"{name} {saved[name]}, not {current[name]}" for name in names if saved[name] != current[name]]
 
 
 class CheckpointWriter(TrainerCallback):
@@ -66,20 +105,31 @@ class CheckpointWriter(TrainerCallback):
         self.adapter_files = adapter_files
         self.save_total_limit = save_total_limit
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.saved_at = 0  # the step of the last checkpoint; training begins anew if --auto_find_batch_size needs it
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove a checkpoint of the same step, which the resumed run had left, before the new one is written."""
+        """Set a checkpoint of the same step aside: until the new one is complete, it may be the only one."""
         if control.should_save:
             folder = checkpoint_folder(args.output_dir, state.global_step)
             if args.should_save and folder.exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(aside(folder), ignore_errors=True)
+                folder.rename(aside(folder))
             PartialState().wait_for_everyone()
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save again what a signal has had saved after the epoch's last step only if the epoch's evaluation is new."""
+        if self.saved_at == state.global_step and not control.should_evaluate:
+            control.should_save = False
+        self.on_step_end(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PeftModel, **kwargs: Any
     ) -> None:
         weights = adapter_state(model)
+        self.saved_at = state.global_step
         PartialState().wait_for_everyone()  # each process writes its own random state
         if not args.should_save:
             return
@@ -95,8 +145,14 @@ class CheckpointWriter(TrainerCallback):
         info = json.loads(self.adapter_files[INFO]) | {"files": files}
         (folder / INFO).write_text(json.dumps(info, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         flush_to_disk(folder)
+        shutil.rmtree(aside(folder), ignore_errors=True)
         # by the number of the step: copied files may have any time
         rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
+
+
+def aside(folder: Path) -> Path:
+    """The other name of a checkpoint that is written again, by which it can still be resumed from."""
+    return folder.with_name(f"{folder.name}-before")
 
 
 def checkpoint_folder(output_dir: str, step: int) -> Path:
@@ -110,12 +166,9 @@ def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
     if not is_disk_error(error) or not (half_written or str(folder) in str(error)):
         return
     shutil.rmtree(folder, ignore_errors=True)
-    free = shutil.disk_usage(output_dir).free / 2**20
-    last = next((str(path) for path in find_checkpoints(output_dir) if not find_broken_part(path)), "none yet")
+    last = last_complete(output_dir) or "none yet"
     fail(
-        f"{folder} cannot be written: {free:.1f} MB are free on its disk ({first_line(error)}).\n"
-        f"The last whole checkpoint is {last}. Make room, and resume with: {resume_command()}",
-        1,
+        f"{describe_disk_error(folder, error)}\nThe last complete checkpoint is {last}. {RESUME} {resume_command()}", 1
     )
 
 
@@ -135,13 +188,11 @@ def check_output_dir(output_dir: str, allowed: bool) -> None:
         return
     kind = "an adapter" if (folder / WEIGHTS).exists() else "files"
     remedy = "name another folder, or add --overwrite_output_dir True to replace what it holds"
-    checkpoints = find_checkpoints(folder)
-    if checkpoints:
+    if last_complete(folder):
         kind = "checkpoints"
-        if all(find_broken_part(checkpoint) for checkpoint in checkpoints):
-            kind += ", none of them whole"
-        else:
-            remedy += "\nor --resume_from_checkpoint True to resume from the last checkpoint"
+        remedy += "\nor --resume_from_checkpoint True to resume from the last checkpoint"
+    elif find_checkpoints(folder):
+        kind = "checkpoints, none of them complete"
     fail(f"--output_dir '{folder}' already holds {kind}; {remedy}")
 
 
@@ -151,16 +202,14 @@ def clear_output_dir(output_dir: str, overwrite: bool, resumed_at: int) -> None:
     To overwrite, these are the checkpoints, scores and report of another run; to resume, the checkpoints after the step
     `resumed_at`. They may be half written, and as the highest they would outlive the complete ones.
     """
-    for folder in Path(output_dir).glob(SCRATCH + "*"):
-        shutil.rmtree(folder)
     later = [path for path in find_checkpoints(output_dir) if resumed_at and step_of_name(path) > resumed_at]
-    for folder in later:
+    for folder in (*later, *Path(output_dir).glob(SCRATCH + "*")):
         shutil.rmtree(folder)
     if later:
         say(f"resumed at step {resumed_at}; removed: {', '.join(folder.name for folder in later)}")
     if overwrite:
         remove_checkpoints(output_dir)
-        for name in (METRICS, CONFUSION, REPORT, CURVE):
+        for name in (METRICS, CONFUSION, REPORT, CURVE, CARD):
             Path(output_dir, name).unlink(missing_ok=True)
 
 
@@ -195,52 +244,22 @@ def find_resume_checkpoint(
         broken = find_broken_part(folder)
         if broken is None:
             break
-        warn(f"checkpoint '{folder}' is not whole ({broken})")
+        warn(f"checkpoint '{folder}' is not complete ({broken})")
     else:
         fail(
-            f"--resume_from_checkpoint {wanted}: there is no whole checkpoint to resume from;\n"
+            f"--resume_from_checkpoint {wanted}: there is no complete checkpoint to resume from;\n"
             "leave the flag out, or start anew with --overwrite_output_dir True"
         )
-
-    remedy = "repeat the first command, or start anew with another --output_dir"
-    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    current = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))  # sets as lists
-    for name in sorted(current.keys() - set(NOT_COMPARED)):
-        old, value = (sorted(it) if isinstance(it, list) else it for it in (saved.get(name), current[name]))
-        if old != value:
-            fail(f"'{folder}' was trained with {name} {old}, not {value}; {remedy}")
-    saved_info, info = json.loads((folder / INFO).read_text(encoding="utf-8")), json.loads(adapter_files[INFO])
-    difference = compare_fingerprints(saved_info["base_fingerprint"], info["base_fingerprint"])
-    if difference:
-        fail(f"'{folder}' was trained on another base model: {difference}; {remedy}")
-    for name in ("quantization", "data_sha256", "prompt_format"):
-        if saved_info[name] != info[name]:
-            fail(f"'{folder}' was trained with another {name}; {remedy}")
-    check_settings(folder, saved_info.get("settings", {}), info["settings"], remedy)
-    return str(folder)
-
-
-def check_settings(folder: Path, saved: dict[str, Any], current: dict[str, Any], remedy: str) -> None:
-    """Refuse to resume a checkpoint with other settings; print what another number of processes changes."""
-    saved = {"engine": None, "processes": 1} | saved  # older ones lack these
-    old, new = (settings["engine"] or "whole weights" for settings in (saved, current))
+    config, saved = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, INFO))
+    own_config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))  # sets as lists
+    info = json.loads(adapter_files[INFO])
+    found = differences(must_match(config, saved), must_match(own_config, info))
+    if difference := compare_fingerprints(saved["base_fingerprint"], info["base_fingerprint"]):
+        found.insert(0, f"another base model: {difference}")
+    if found:
+        remedy = "Repeat the first command, or start anew with another --output_dir"
+        fail(f"'{folder}' was trained with {'; '.join(found)}.\n{remedy}")
+    old, new = (its.get("settings", {}).get("processes", 1) for its in (saved, info))
     if old != new:
-        fail(f"'{folder}' was trained with {old}, and this run has {new}: their checkpoints differ; {remedy}")
-    before, now = saved["processes"], current["processes"]
-    names = saved.keys() - {"engine", "processes"}
-    if before != now:
-        if old == "DeepSpeed":
-            fail(f"'{folder}' was trained with {before} processes, and DeepSpeed resumes with as many; {remedy}")
-        rows, these = (math.prod(settings[name] for name in (*ROWS, "processes")) for settings in (saved, current))
-        if rows != these:
-            fail(
-                f"'{folder}' was trained with {rows} rows a step in {before} process(es); {now} now have {these}: set "
-                f"--per_device_train_batch_size and --gradient_accumulation_steps so that it stays {rows}"
-            )
-        say(
-            f"resumed with {now} process(es) instead of {before}: each step keeps its rows, dropout draws other numbers"
-        )
-        names -= set(ROWS)
-    for name in sorted(names):
-        if saved[name] != current.get(name):
-            fail(f"'{folder}' was trained with --{name} {saved[name]}, not {current.get(name)}; {remedy}")
+        say(f"resumed with {new} process(es) instead of {old}: each step keeps its rows, dropout draws other numbers")
+    return str(folder)

@@ -7,6 +7,8 @@ README.md               the model card
 
 import json
 import math
+import shlex
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader
 from peft import PeftType
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from finetuning.cli.console import attempt, describe_duration, fact, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
-from finetuning.model.folder import CARD, CURVE, INFO, METRICS, REPORT
+from finetuning.model.folder import CARD, CURVE, INFO, METRICS, REPORT, TEMPLATE
 from finetuning.preprocessing.show import mark_answers
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import prompt_format
 from finetuning.training.collators import row_lengths
 from finetuning.training.flags import Arguments
-from finetuning.training.model_card import make_model_card
 
 BLUE, ORANGE, GREY = "#1f6feb", "#d1570a", "#6e7781"  # in the picture
 FEW = 40  # points; each gets a dot of its own
@@ -35,6 +38,11 @@ REPEATED = ("base_model", "quantization", "prompt_format", "thinking", "command"
 # Fields of TrainingArguments that say how an adapter was trained.
 SETTINGS = "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size"
 SETTINGS += " lr_scheduler_type warmup_steps optim weight_decay max_grad_norm gradient_checkpointing fp16 bf16 seed"
+
+
+TITLES = {"LORA": "LoRA adapter", "PROMPT_TUNING": "Soft prompt"}
+TAGS = {"LORA": "lora", "PROMPT_TUNING": "prompt-tuning"}
+HUB_NAMES = {"macro_f1": "f1", "bleu": "sacrebleu"}  # of scores (https://hf.co/metrics), where they are not ours
 
 
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,9 +161,7 @@ def draw_losses(history: list[dict[str, Any]], file: Path) -> None:
             if steps:
                 marker = "o" if len(steps) <= FEW or name == "eval_loss" else ""
                 axes.plot(steps, losses, color=colour, label=title, marker=marker, markersize=3, linewidth=1.6)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -173,3 +179,71 @@ def draw_losses(history: list[dict[str, Any]], file: Path) -> None:
         titles = [line.get_label() for line in lines]
         figure.legend(lines, titles, frameon=False, loc="outside upper center", ncols=3)
         figure.savefig(file, dpi=200)
+
+
+def make_model_card(report: dict[str, Any], adapter: str, scores: str, picture: str | None) -> str:
+    """The text of an adapter's card. Every figure is one of the run's.
+
+    Args:
+        report: the contents of training_report.json.
+        adapter: the folder, as the user named it.
+        scores: on the evaluation rows, as Markdown; "" if there are none.
+        picture: name of the file with the losses; None if there is none.
+    """
+    method, base = report["method"], report["settings"]["model_path"]
+    results = hub_results(report["metrics"] or {})
+    on_hub = not Path(base).is_dir()  # the hub refuses the name of a folder
+    head = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=[TAGS[method], "qwen"],
+        model_name=Path(adapter).absolute().name if results else None,
+        eval_results=results or None,
+    )
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
+    environment.keep_trailing_newline = True
+    environment.filters |= {
+        "count": "{:,}".format,
+        "cell": lambda text: " ".join(text.replace("|", "\\|").split()),  # of a table, which no text may break
+        "quote": partial(json.dumps, ensure_ascii=False),  # for Python
+        "shell": shlex.quote,
+    }
+    return environment.get_template("model_card.md.jinja").render(
+        report=report,
+        head=head.to_yaml(),
+        title=TITLES[method],
+        name=base if on_hub else Path(base).name,
+        base=base,
+        on_hub=on_hub,
+        adapter=adapter,
+        template=Path(adapter, TEMPLATE).as_posix(),
+        scores=scores,
+        picture=picture,
+        fenced=fenced,
+    )
+
+
+def hub_results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """The scores of metrics.json, task by task, in the form in which the hub shows them beside a model."""
+    return [
+        EvalResult(
+            task_type="text-classification" if "labels" in scores else "text-generation",
+            dataset_type=Path(metrics["data_path"]).stem,
+            dataset_name=f"{metrics['data_path']}, {task}",
+            dataset_config=task,
+            metric_type=HUB_NAMES.get(name, name),
+            metric_name=f"{name} (0 to 100)",
+            metric_value=round(value, 2),
+        )
+        for task, scores in metrics.get("scores", {}).items()
+        for name, value in scores.items()
+        if isinstance(value, float)
+    ]
+
+
+def fenced(language: str, text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"

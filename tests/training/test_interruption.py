@@ -1,6 +1,7 @@
 """Whatever ends a run, only the work since the last checkpoint is lost (traps 39 and 41)."""
 
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -17,14 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from soak import SCRIPTS, soak
-from support import REPOSITORY, STEP, Run, equal_weights
+from support import REPOSITORY, STEP, Run, equal_weights, make_model
 
 import train_lora
 from finetuning.model import folder
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
-from finetuning.training.checkpoints import find_broken_part, find_checkpoints
+from finetuning.training.checkpoints import CheckpointWriter, find_broken_part, find_checkpoints
 
 MORE = ["--lora_dropout", "0.1", "--save_steps", "2"]
 
@@ -50,7 +52,7 @@ def test_signals(run_main: Run, base_path: str, rows_path: str, tmp_path: Path, 
     process.send_signal(number)
     printed, errors = process.communicate()
     assert process.returncode == code, errors
-    assert "stopping after this step" in printed and "Traceback" not in errors
+    assert "stopping after this step" in errors and "Traceback" not in errors and "error" not in printed
     step = find_checkpoints(tmp_path / "out")[0].name
     assert not (tmp_path / "out/adapter_model.safetensors").exists() and step != "checkpoint-400"
     resume = shlex.split(errors.strip().splitlines()[-1])
@@ -74,9 +76,31 @@ def test_workers_of_the_data_loader_stay_silent(capfd: pytest.CaptureFixture[str
     process = multiprocessing.get_context("fork").Process(target=stop.catch, args=(signal.SIGINT, None))
     process.start()
     process.join()
-    assert process.exitcode == 0 and capfd.readouterr().out == ""
+    assert process.exitcode == 0 and capfd.readouterr().err == ""
     stop.catch(signal.SIGINT, None)
-    assert capfd.readouterr().out.count("stopping after this step") == 1
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_signal_in_the_middle_of_a_print(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A write waits, as for a full pipe, and the handler runs meanwhile: the stream refuses a second write."""
+    stop = StopOnSignal()
+
+    class FullPipe(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:
+            if not stop.caught:
+                stop.catch(signal.SIGTERM, None)
+            return len(data)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(FullPipe()), encoding="utf-8")
+    monkeypatch.setattr(sys, name, stream)
+    print("step 1", file=stream, flush=True)
+    assert stop.caught == signal.SIGTERM and "stopping after this step" in capfd.readouterr().err
 
 
 class Windows:
@@ -265,17 +289,157 @@ def test_an_adapter_is_replaced_as_a_whole(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(folder.os, "replace", die_at(os.replace, 2))
         run_main(train_lora, *flags, "--overwrite_output_dir", True, "--save_strategy", "no")
-    assert not (out / folder.WEIGHTS).exists() and (out / "README.md").exists()
+    assert not (out / folder.WEIGHTS).exists() and (out / folder.CONFIG).exists()
     assert len(flushed) == 1 and {folder.WEIGHTS, folder.CONFIG, folder.INFO} <= set(flushed[0])
+
+
+def test_every_part_of_a_checkpoint_is_known(tmp_path: Path) -> None:
+    """Whatever a GPU, FSDP or DeepSpeed adds: a part that is missing or shorter makes the checkpoint a partial one."""
+    checkpoint = tmp_path / "checkpoint-2"
+    parts = ["scaler.pt", "optimizer_0/__1_0.distcp", "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    for name in parts:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"12345678")
+    args, state = SimpleNamespace(should_save=True, output_dir=str(tmp_path)), SimpleNamespace(global_step=2)
+    state.best_model_checkpoint = None
+    model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    CheckpointWriter({folder.INFO: "{}"}, None).on_save(args, state, None, model=model)
+    assert (checkpoint / folder.WEIGHTS).exists() and find_broken_part(checkpoint) is None
+    for name in (*parts, folder.WEIGHTS):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-1])
+        assert find_broken_part(checkpoint) == f"{name} is broken"
+        (checkpoint / name).unlink()
+        assert find_broken_part(checkpoint) == f"{name} is missing"
+        (checkpoint / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("--optim adafactor", "--optim adamw_torch_fused, not adafactor"),  # its state has other fields: a traceback
+        ("--weight_decay 0.5", "--weight_decay 0.0, not 0.5"),  # the saved optimizer would bring its own
+        ("--adam_beta2 0.99", "--adam_beta2 0.999, not 0.99"),
+        ("--lr_scheduler_type cosine", "--lr_scheduler_type linear, not cosine"),
+        ("--eval_split 0.25", "--eval_split 0.0, not 0.25"),  # other rows to train on, of the same file
+        ("--max_rows 8", "--max_rows None, not 8"),
+        ("--seed 1 --optim sgd", "--optim adamw_torch_fused, not sgd; --seed 42, not 1"),
+        ("--per_device_train_batch_size 2", "x processes) 4, not 2"),
+    ],
+)
+def test_other_settings_are_refused(
+    run_main: Run, flags: list[str], kept: Path, tmp_path: Path, changed: str, words: str
+) -> None:
+    message = run_main(
+        train_lora, *flags, *changed.split(), "--resume_from_checkpoint", kept / "checkpoint-4", expected=2
+    )
+    assert words in message and "start anew with another --output_dir" in message
+
+
+def test_settings_that_may_change(run_main: Run, flags: list[str], kept: Path, rows_path: str, tmp_path: Path) -> None:
+    """Memory ran out: the same rows in smaller batches. Reports, evaluation and the number of steps are free, too."""
+    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --logging_steps 1 --max_steps 8"
+    more += f" --gradient_checkpointing True --eval_data_path {rows_path} --eval_metrics False --max_grad_norm 0.5"
+    run_main(train_lora, *flags, *more.split(), "--resume_from_checkpoint", kept / "checkpoint-4")
+    report = json.loads((tmp_path / "out/training_report.json").read_text(encoding="utf-8"))
+    assert (report["resumed_at_step"], report["steps"]) == (4, 8)
+
+
+@pytest.fixture
+def kept(trained: Callable[..., Path]) -> Path:
+    return trained(train_lora, *MORE, "--keep_checkpoints", "True")
+
+
+EPOCHS = ["--save_strategy", "epoch", "--save_total_limit", "1", "--logging_steps", "1"]  # of three steps
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_signal_at_the_end_of_an_epoch(
+    run_main: Run,
+    flags: list[str],
+    trained: Callable[..., Path],
+    rows_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluates: bool,
+) -> None:
+    """Its last step is saved at once; again only with the evaluation's result, and the first is there until then."""
+    out, more = tmp_path / "out", [*EPOCHS, *MORE, "--eval_metrics", "False"]
+    more += ["--eval_data_path", rows_path, "--load_best_model_at_end", "True"] if evaluates else []
+    saves = []
+
+    def save(*args: Any) -> None:
+        saves.append([find_broken_part(path) is None for path in find_checkpoints(out)])
+        torch_save(*args)
+
+    torch_save = torch.save
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(6))
+        patch.setattr(torch, "save", save)
+        run_main(train_lora, *flags, *more, "--max_steps", 9)
+    assert stop.value.code == 143 and names(out) == ["checkpoint-6"] and not list(out.glob("*before"))
+    each = 4  # arguments, optimizer, schedule, random state
+    assert len(saves) == each * (3 if evaluates else 2)
+    assert all(any(complete) for complete in saves[each:])
+    run_main(train_lora, *flags, *more, "--max_steps", 9, "--resume_from_checkpoint", True)
+    whole = trained(train_lora, *more, "--max_steps", 9)
+    assert equal_weights(out, whole)
+    resumed, expected = (
+        json.loads((path / "training_report.json").read_text(encoding="utf-8"))["history"] for path in (out, whole)
+    )
+    assert resumed == expected
+
+
+def test_killed_while_saving_an_epoch_again(
+    run_main: Run,
+    flags: list[str],
+    trained: Callable[..., Path],
+    rows_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint of the same step, from before the evaluation, is resumed from.
+
+    Without dropout, because evaluating draws a random number.
+    """
+    out, more = tmp_path / "out", [*EPOCHS, "--eval_metrics", "False", "--eval_data_path", rows_path]
+    more += ["--lora_dropout", "0"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(3))
+        patch.setattr(torch, "save", die_at(torch.save, 5))
+        run_main(train_lora, *flags, *more)
+    assert names(out) == ["checkpoint-3", "checkpoint-3-before"]
+    assert [find_broken_part(path) is None for path in find_checkpoints(out)] == [False, True]
+    run_main(train_lora, *flags, *more, "--keep_checkpoints", True, "--resume_from_checkpoint", True)
+    assert names(out) == ["checkpoint-6"] and equal_weights(out, trained(train_lora, *more))
+
+
+def test_a_signal_in_an_epoch_waits_for_no_evaluation(
+    run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grace period of a cluster is short; and what is evaluated within an epoch might be chosen as the best."""
+    evaluated: list[int] = []
+    monkeypatch.setattr(
+        SignalAt, "on_evaluate", lambda self, args, state, *rest, **more: evaluated.append(state.global_step)
+    )
+    more = [*EPOCHS, *MORE, "--eval_metrics", "False", "--eval_data_path", rows_path]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(5))
+        run_main(train_lora, *flags, *more)
+    assert evaluated == [3] and names(tmp_path / "out") == ["checkpoint-5"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # the last step of the run is evaluated
+        patch.setattr("common.StopOnSignal", lambda: SignalAt(5))
+        run_main(train_lora, *flags, *more, "--max_steps", 5, "--overwrite_output_dir", True)
+    assert evaluated == [3, 3, 5]
 
 
 def test_half_a_first_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:
     """A run that was killed while it wrote its first checkpoint: both ways out of it are named, and work."""
     (tmp_path / "out/checkpoint-2").mkdir(parents=True)
     message = run_main(train_lora, *flags, expected=2)
-    assert "checkpoints, none of them whole" in message and "--resume_from_checkpoint" not in message
+    assert "checkpoints, none of them complete" in message and "--resume_from_checkpoint" not in message
     message = run_main(train_lora, *flags, "--resume_from_checkpoint", "True", expected=2)
-    assert "no whole checkpoint" in message and "--overwrite_output_dir True" in message
+    assert "no complete checkpoint" in message and "--overwrite_output_dir True" in message
     run_main(train_lora, *flags, "--overwrite_output_dir", "True")
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
@@ -343,7 +507,7 @@ def test_full_disk(
     full_disk(size, 2)
     message = run_main(train_lora, *flags, expected=1)
     assert "checkpoint-4 cannot be written" in message and " MB are free" in message
-    assert f"last whole checkpoint is {out}/checkpoint-2" in message
+    assert f"last complete checkpoint is {out}/checkpoint-2" in message
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
     assert find_broken_part(out / "checkpoint-2") is None
     full_disk()
@@ -358,7 +522,7 @@ def test_disk_that_is_full_at_the_end(
     out, flags = tmp_path / "out", [*flags, "--lora_r", "1024", "--save_steps", "6"]
     full_disk(1_000_000)
     message = run_main(train_lora, *flags, expected=1)
-    assert "the adapter cannot be written" in message and "--resume_from_checkpoint True" in message
+    assert f"{out} cannot be written" in message and "--resume_from_checkpoint True" in message
     assert not (out / "adapter_model.safetensors").exists()
     full_disk()
     run_main(train_lora, *flags, "--resume_from_checkpoint", "True")

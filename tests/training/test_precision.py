@@ -1,5 +1,6 @@
 """Half precision, with CPU autocast and GradScaler: exact gradients, skipped steps, float32 adapters."""
 
+import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -136,6 +137,20 @@ def test_the_rows_of_another_process_are_named(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit):
         guard.on_log(SimpleNamespace(fp16=False, output_dir="out"), state, None, {"loss": float("nan")})
     assert "step 1 (rows 7 of the data file): loss is nan" in capsys.readouterr().err
+
+
+def test_few_losses_wait_for_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --logging_strategy no there is none. The first bad losses are not forgotten."""
+    guard = NotFiniteGuard(None)
+    for step in range(1, 10_000):
+        guard.on_step_begin(None, SimpleNamespace(global_step=step - 1), None)
+        guard.record([step], torch.tensor(float("nan") if step > 2000 else 1.0))
+        assert len(guard.forwards) <= callbacks.MOST_LOSSES + 1
+    with pytest.raises(SystemExit):
+        guard.on_log(
+            SimpleNamespace(fp16=False, output_dir="out"), SimpleNamespace(global_step=step), None, {"loss": math.nan}
+        )
+    assert "step 2001 (rows 2001 of the data file): loss is nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", ["", "--load_in_4bit True"])

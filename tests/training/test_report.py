@@ -117,6 +117,11 @@ def test_card_is_true(
     assert "](loss.png)" in card.text and "on the 12 rows" in card.text.lower()
     table = card.text[card.text.index("| task |") : card.text.index("## Use it")].strip()
     assert table in printed and found["metrics"]["scores"]["rows"]["rows"] == 12
+    assert card.data.model_name == "out" and {result.dataset_config for result in card.data.eval_results} == {"rows"}
+    values = found["metrics"]["scores"]["rows"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {"exact_match": "exact_match", "sacrebleu": "bleu", "chrf": "chrf"}
+    assert results == {name: round(values[ours], 2) for name, ours in expected.items()}
     if script is train_prompt_tuning:
         assert found["settings"]["num_virtual_tokens"] == 15
 
@@ -142,6 +147,29 @@ def test_card_names_a_base_model_of_the_hub(trained: Callable[..., Path]) -> Non
     compile(re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)[0], "card", "exec")
 
 
+def test_results_on_the_hub(trained: Callable[..., Path]) -> None:
+    """Its readers find each task with its own metrics, by the hub's names."""
+    found = read_report(trained(train_lora))
+    texts = {"rows": 2, "exact_match": 50.0, "bleu": 12.3456, "chrf": 30.0, "bleu_tokenizer": "zh"}
+    words = {
+        "rows": 2,
+        "exact_match": 50.0,
+        "accuracy": 75.0,
+        "macro_f1": 60.0,
+        "labels": ["a"],
+        "confusion_matrix": [],
+    }
+    found["metrics"] = {"data_path": "my data/test.json", "rows": 4, "scores": {"say": texts, "sort: it": words}}
+    results = ModelCard(report.make_model_card(found, "out/lora", "| table |", None)).data.eval_results
+    kinds = {("say", "text-generation"), ("sort: it", "text-classification")}
+    assert {(result.dataset_config, result.task_type) for result in results} == kinds
+    assert [(result.metric_type, result.metric_value) for result in results] == [
+        *(("exact_match", 50.0), ("sacrebleu", 12.35), ("chrf", 30.0)),
+        *(("exact_match", 50.0), ("accuracy", 75.0), ("f1", 60.0)),
+    ]
+    assert {result.dataset_type for result in results} == {"test"}
+
+
 def test_no_token_is_published(run: Run, flags: list[str], tmp_path: Path) -> None:
     for words in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
         run(*flags, *words, "--overwrite_output_dir", True)
@@ -162,7 +190,7 @@ def test_adapter_outlives_its_report(
 ) -> None:
     """A full disk, a broken matplotlib: the run ends as usual, and nothing of an earlier run stays."""
     shutil.copytree(trained(train_lora), tmp_path / "out")
-    before = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    before = (tmp_path / "out/README.md").read_bytes()
     failure = ["no such field"] if broken == "REPEATED" else Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(report, broken, failure)
     with monkeypatch.context() as patch:
@@ -173,7 +201,8 @@ def test_adapter_outlives_its_report(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "adapter_model.safetensors" in names
     assert ("loss.png" in names, "training_report.json" in names) == (broken != "draw_losses", broken != "REPEATED")
-    assert (tmp_path / "out/README.md").read_text(encoding="utf-8") != before
+    assert ("README.md" in names) == (broken == "draw_losses")
+    assert broken != "draw_losses" or (tmp_path / "out/README.md").read_bytes() != before
 
 
 def test_report_of_a_run_whose_evaluation_was_stopped(
