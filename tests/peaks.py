@@ -35,7 +35,9 @@ def make_model(shape: list[int], method: str) -> PeftModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if method == "prompt_tuning":
         return SoftPromptModel(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj"]))
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.05)
+    )
 
 
 class Peak(TrainerCallback):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import release_memory, send_to_device
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -38,8 +38,7 @@ from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.memory import OPTIMIZER, Need, compute_step, count_kept_bytes, measure_size
 from finetuning.training.trainer import FineTuningTrainer, make_trainer
 
-FEWEST_TOKENS = 16  # to measure on
-UNRETURNED = 2**27  # bytes still in use after memory ran out, above which nothing can be measured: common on a CPU
+FEW_TOKENS = 16  # to count on
 MOST_ROWS = 4  # named in a message
 IN_BACKWARD = ("layerwise", "lomo")  # endings of optimizers that change the weights in the backward pass
 
@@ -47,23 +46,17 @@ IN_BACKWARD = ("layerwise", "lomo")  # endings of optimizers that change the wei
 class Measurement(NamedTuple):
     """What a step on some rows took, in bytes."""
 
-    tokens: int  # of the rows
     before: int  # in use when it began
     training: int  # gradients and the optimizer's states
-    activations: int
-    logits: int
+    activations: float
+    logits: float
     reserved: int  # what PyTorch keeps for later, beside what is in use
-    seconds: float
-    kept: float  # bytes that a token keeps for the backward pass without checkpointing
+    kept: float  # by a token for the backward pass, without checkpointing
     undropped: float  # the same without dropout
+    seconds: float | None  # None if memory ran out, so that activations and logits are computed
 
-    def peak(self) -> int:
+    def peak(self) -> float:
         return self.before + self.training + self.activations + self.logits + self.reserved
-
-    def scaled(self, tokens: int) -> "Measurement":
-        """For other rows, by proportion: activations and time."""
-        factor = tokens / self.tokens
-        return self._replace(tokens=tokens, activations=int(self.activations * factor), seconds=self.seconds * factor)
 
 
 # ---- measure a step
@@ -87,55 +80,43 @@ def measure(
 
 
 class Meter(TrainerCallback):
-    """Measures a step on the rows, before those of a run, or on half of them if memory runs out, and so on."""
+    """Measures a step on the rows, before those of a run; if memory runs out, what it needs is computed."""
 
     def __init__(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         self.trainer = trainer
         self.rows = rows
 
     def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        before = used_memory(args.device)
-        while True:
-            try:
-                self.measurement = measure_step(self.trainer, self.rows, before)
-                return
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error)  # and not the error itself, which holds on to the step's tensors
-            self.trainer.model.zero_grad()
-            release_memory()
-            if count_tokens(self.rows) < FEWEST_TOKENS or used_memory(args.device) > before + UNRETURNED:
-                raise MemoryError(reason)
-            self.rows = halve(self.rows)
+        trainer, before = self.trainer, used_memory(args.device)
+        training = make_optimizer_states(trainer)
+        kept = count_kept(trainer), count_kept(trainer, dropout=False)
+        try:
+            activations, logits, reserved, seconds = measure_passes(trainer, self.rows)
+            activations = max(0, activations - before - training)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tokens = sum(len(row["input_ids"]) for row in self.rows)
+            size = measure_size(trainer.model.get_base_model())
+            need = compute_step(size, kept[0], tokens, 0, args.gradient_checkpointing)
+            activations, logits, reserved, seconds = need.activations, need.logits, 0, None
+        self.measurement = Measurement(before, training, activations, logits, reserved, *kept, seconds)
 
 
-def measure_step(trainer: Trainer, rows: list[dict[str, Any]], before: int) -> Measurement:
-    """Measure the parts: differences, as a pass that learns one token of each row needs all but the other logits.
+def measure_passes(trainer: Trainer, rows: list[dict[str, Any]]) -> tuple[int, int, int, float]:
+    """Measure two passes on the rows: a warm-up that learns one token of each, and so has all but the other logits.
 
-    Args:
-        before: bytes in use before the first pass.
+    Returns the peak without the logits, theirs, what PyTorch keeps beside the peak, and the seconds of the second pass.
     """
-    device, peaks, reserved = trainer.args.device, [], []
-    training = make_optimizer_states(trainer)
+    peaks, reserved = [], []
     one = [row | {"labels": [IGNORE_INDEX] * (len(row["labels"]) - 1) + row["input_ids"][-1:]} for row in rows]
     for batch in (one, rows):
-        reset_peak_memory(device)
+        reset_peak_memory(trainer.args.device)
         seconds = take_pass(trainer, batch)
-        peaks.append(peak_memory(device))
-        reserved.append(peak_reserved(device))
+        peaks.append(peak_memory(trainer.args.device))
+        reserved.append(peak_reserved(trainer.args.device))
         trainer.model.zero_grad()
-    return Measurement(
-        tokens=count_tokens(rows),
-        before=before,
-        training=training,
-        activations=max(0, peaks[0] - before - training),
-        logits=max(0, max(peaks) - peaks[0]),
-        reserved=max(reserved) - max(peaks),
-        seconds=seconds,
-        kept=count_kept(trainer),
-        undropped=count_kept(trainer, dropout=False),
-    )
+    return peaks[0], max(0, peaks[1] - peaks[0]), max(reserved) - max(peaks), seconds
 
 
 def make_optimizer_states(trainer: Trainer) -> int:
@@ -172,23 +153,12 @@ def count_kept(trainer: Trainer, dropout: bool = True) -> float:
     device, sizes = trainer.args.device, []
     # in the other mode neither of the two is at work
     trainer.model.train(dropout and not trainer.args.gradient_checkpointing)
-    for tokens in (FEWEST_TOKENS, 2 * FEWEST_TOKENS):
+    for tokens in (FEW_TOKENS, 2 * FEW_TOKENS):
         batch = send_to_device(trainer.data_collator([dict.fromkeys(("input_ids", "labels"), [0] * tokens)]), device)
         del batch["labels"]  # no loss
         sizes.append(count_kept_bytes(lambda batch=batch: trainer.model_wrapped(**batch)))
     trainer.model.train()
-    return (sizes[1] - sizes[0]) / FEWEST_TOKENS
-
-
-def halve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The second half of the rows; of a single row its second half, where the answer is."""
-    if len(rows) > 1:
-        return rows[len(rows) // 2 :]
-    return [rows[0] | {name: rows[0][name][len(rows[0][name]) // 2 :] for name in ("input_ids", "labels")}]
-
-
-def count_tokens(rows: list[dict[str, Any]]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)
+    return (sizes[1] - sizes[0]) / FEW_TOKENS
 
 
 # ---- the dry run
@@ -199,14 +169,14 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args
     lengths = row_lengths(train_dataset)
     longest = np.argsort(lengths, kind="stable")[-args.training.per_device_train_batch_size :]
     rows = [train_dataset[int(number)] for number in longest]
-    tokens, learnt = count_tokens(rows), sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
-    measured = measure(model, pad_token_id, rows, args.training)
-    step = measured.scaled(tokens)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    learnt = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    step = measure(model, pad_token_id, rows, args.training)
 
     weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.requires_grad)
     adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     say(f"memory of a step on the {len(rows)} longest rows ({tokens:,} tokens, {learnt:,} of them learnt), in GiB:")
-    device, fitted = args.training.device, measured.tokens == tokens
+    device, fitted = args.training.device, step.seconds is not None
     on_cpu, others, total = device.type == "cpu", memory_of_others(device), total_memory(device)
     parts = {
         "base weights": weights,
@@ -220,8 +190,8 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args
         "this machine has" if on_cpu else "this GPU has": total,
     }
     for name, size in parts.items():
-        computed = name in ("activations", "peak") and not fitted
-        source = f"computed, as only {measured.tokens:,} of the tokens fit" if computed else "measured"
+        computed = name in ("activations", "logits", "peak") and not fitted
+        source = "computed, as memory ran out" if computed else "measured"
         say(f"  {name:32} {max(0, size) / GIB:8.2f}  {source}")
     if fitted and step.peak() <= total - others:
         say("it fits")
@@ -229,7 +199,7 @@ def print_plan(model: PeftModel, pad_token_id: int, train_dataset: Dataset, args
         say(f"it does not fit into the {(total - others) / GIB:.2f} GiB that are free. The peak with other flags:")
         free = min(total - others, step.peak() - 1)  # memory may run out before the device is full
         print_remedies(model, [lengths[number] for number in longest], args, step, free)
-    print_duration(lengths, args.training, step.seconds / tokens)
+    print_duration(lengths, args.training, step.seconds / tokens if fitted else None)
 
 
 def print_remedies(model: PeftModel, lengths: list[int], args: Arguments, step: Measurement, free: int) -> None:
@@ -273,13 +243,13 @@ def print_remedies(model: PeftModel, lengths: list[int], args: Arguments, step: 
         say("none of this is enough: take a smaller model, or a device with more memory")
 
 
-def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_token: float) -> None:
-    """Print the steps of the run and an estimate of its time, from the lengths of its rows in tokens."""
+def print_duration(lengths: list[int], args: TrainingArguments, seconds_per_token: float | None) -> None:
+    """Print the steps of the run and, if a token's is known, its time, from the lengths of its rows in tokens."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(lengths) / rows) * args.num_train_epochs)
     tokens = min(rows, len(lengths)) * sum(lengths) / len(lengths)  # of a step
-    duration = describe_duration(steps * tokens * seconds_per_token)
-    say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows} rows, about {duration}")
+    duration = f", about {describe_duration(steps * tokens * seconds_per_token)}" if seconds_per_token else ""
+    say(f"the run: {len(lengths):,} rows, {steps:,} steps of {rows} rows{duration}")
 
 
 # ---- the rehearsal
@@ -310,31 +280,30 @@ class Rehearsal(TrainerCallback):
         if args.world_size > 1 or args.optim.endswith(IN_BACKWARD):
             fact("memory", f"{used / GIB:.2f} GiB in use, {(free - used) / GIB:.2f} free")
             return
-        lengths = np.array(row_lengths(self.trainer.train_dataset))
         # after a resume the state names the batch of the run that wrote the checkpoint
-        size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
-        longest = lengths.argsort(kind="stable")[-size:]
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        count = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+        lengths = np.array(row_lengths(self.trainer.train_dataset))
+        longest = lengths.argsort(kind="stable")[::-1][:count]
+        trained = OPTIMIZER * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        rows = f"the longest rows (up to {lengths.max():,} tokens)"
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             if is_worth_rehearsing(device):
-                seconds = self.take_pass(args, longest[::-1].tolist(), int(lengths.max()))
-                seconds *= lengths.mean() / lengths[longest].mean() * args.gradient_accumulation_steps
-                duration = describe_duration(seconds * (state.max_steps - state.global_step))
-                fact("time", f"at most {duration}, without evaluation: the first pass, measured, is the slowest")
-                peak, how = peak_reserved(device) + OPTIMIZER * trained, "measured on"
+                seconds = self.take_pass(longest.tolist(), args) * lengths.mean() / lengths[longest].mean()
+                steps = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+                fact("time", f"at most {describe_duration(seconds * steps)}, without evaluation; first passes are slow")
+                peak, how = peak_reserved(device) + trained, "measured on"
             else:
-                kept, tokens = count_kept(self.trainer), int(lengths[longest].sum())
-                computed = (measure_size(model.get_base_model()), kept, tokens, 0, args.gradient_checkpointing)
-                peak, how = used + OPTIMIZER * trained + compute_step(*computed).added(), "computed for"
-        longest_row = f"{how} the longest rows (up to {lengths.max():,} tokens)"
-        fact("memory", f"{peak / GIB:.2f} GiB of {free / GIB:.2f}, {longest_row}")
+                size, tokens = measure_size(model.get_base_model()), int(lengths[longest].sum())
+                need = compute_step(size, count_kept(self.trainer), tokens, 0, args.gradient_checkpointing)
+                peak, how = used + trained + need.activations + need.logits, "computed for"
+        fact("memory", f"{peak / GIB:.2f} GiB of {free / GIB:.2f}, {how} {rows}")
 
-    def take_pass(self, args: TrainingArguments, rows: list[int], longest: int) -> float:
+    def take_pass(self, rows: list[int], args: TrainingArguments) -> float:
         """Take a pass on the rows, of which only the peak of the memory stays; returns the seconds it took."""
         examples = [self.trainer.train_dataset[row] for row in rows]
         shown = ", ".join(str(example["row_number"]) for example in examples[:MOST_ROWS])
         shown += ", ..." if len(rows) > MOST_ROWS else ""
-        activity = f"on the longest rows ({shown}: up to {longest:,} tokens)"
+        activity = f"on the longest rows ({shown}: up to {examples[0]['length']:,} tokens)"
         # without advice the Trainer itself tries smaller batches
         with nullcontext() if args.auto_find_batch_size else memory_advice(args.device, self.remedies, activity):
             seconds = take_pass(self.trainer, examples)

@@ -49,10 +49,6 @@ class Need(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-    def added(self) -> float:
-        """What a step adds to a model and an optimizer that are there."""
-        return self.activations + self.logits
-
 
 def measure_size(model: PreTrainedModel, layers: int | None = None) -> Size:
     """Count the weights of a frozen base model, which may have an adapter in it, and lie on the meta device.

@@ -19,7 +19,7 @@ def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compute_step(SIZE, kept=12, tokens=10, trained=7)
     assert whole.weights == 2 * (4 * 100 + 2 * 1000) and whole.training == 16 * 7 and whole.activations == 120
     assert whole.logits == 1.5 * 4 * 100 * 10 and whole.unpacked == 0
-    assert whole.total() == whole.weights + 112 + whole.added() and whole.added() == 120 + whole.logits
+    assert whole.total() == whole.weights + 112 + 120 + whole.logits
     part = compute_step(SIZE, kept=0, tokens=10, trained=0, gpus=8)
     # two layers and lm_head are whole while they work
     assert part.weights == whole.weights / 8 and part.unpacked == 2 * 200 + 2000

@@ -65,8 +65,8 @@ def test_gradients_and_the_states_of_the_optimizer_count(
     run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 bytes for each trained weight: its gradient and the two numbers of AdamW."""
-    measured, original = [], dry_run.measure_step
-    monkeypatch.setattr(dry_run, "measure_step", lambda *args: measured.append(original(*args)) or measured[-1])
+    measured, original = [], dry_run.measure
+    monkeypatch.setattr(dry_run, "measure", lambda *args: measured.append(original(*args)) or measured[-1])
     printed = run_main(train_lora, *plan_flags)
     trained = int(re.search(r"^trainable +([\d,]+)", printed, re.M)[1].replace(",", ""))
     assert 12 * trained <= measured[0].training < 12.5 * trained
@@ -100,13 +100,11 @@ def plan_flags(base_path: str, tmp_path: Path) -> list[str]:
 KEPT = 10_000  # bytes of a token
 
 
-def set_memory(patch: pytest.MonkeyPatch, free: float, tokens: int = 1000) -> None:
+def set_memory(patch: pytest.MonkeyPatch, free: float) -> None:
     """A step that needs 20 GiB, 12 of them for the activations, on a device with so many GiB free; others hold 3."""
     sizes = {"before": 5, "training": 0.5, "activations": 12, "logits": 0.5, "reserved": 2}
     of_token = {"kept": KEPT, "undropped": 0.8 * KEPT}
-    step = dry_run.Measurement(
-        tokens=tokens, seconds=1, **{name: int(size * GIB) for name, size in sizes.items()}, **of_token
-    )
+    step = dry_run.Measurement(seconds=1, **{name: int(size * GIB) for name, size in sizes.items()}, **of_token)
     patch.setattr(dry_run, "measure", lambda *args: step)
     patch.setattr(dry_run, "memory_of_others", lambda device: 3 * GIB)
     patch.setattr(dry_run, "total_memory", lambda device: int((3 + free) * GIB))
@@ -154,33 +152,27 @@ def test_flags_that_would_make_it_fit(run_main: Run, plan_flags: list[str], monk
 
 
 def test_memory_runs_out_in_the_dry_run(run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps on more than 350 tokens fail: the activations of all are computed from those of half a row."""
-    original = Trainer.training_step
-    limit = 350
+    """What the rows would need is computed; if there is no room even for a few tokens, the run ends."""
 
-    def run_out(self: Trainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object) -> torch.Tensor:
-        if inputs["input_ids"].numel() > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-        return original(self, model, inputs, *args)
+    def run_out(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
+    fits = read_plan(run_main(train_lora, *plan_flags))
     monkeypatch.setattr(Trainer, "training_step", run_out)
+    computed_steps, original = [], dry_run.measure
+    monkeypatch.setattr(dry_run, "measure", lambda *args: computed_steps.append(original(*args)) or computed_steps[-1])
     printed = run_main(train_lora, *plan_flags)
-    computed = re.findall(r"^  (\S+) +[\d.]+  computed, as only 300 of the tokens fit$", printed, flags=re.M)
-    assert computed == ["activations", "peak"]
+    computed = re.findall(r"^  (\S+) +[\d.]+  computed, as memory ran out$", printed, flags=re.M)
+    assert computed == ["activations", "logits", "peak"]
+    plan = read_plan(printed)
+    assert plan.keys() == fits.keys() and plan["activations"] < 0.1 < plan["peak"]
+    assert computed_steps[0].activations == computed_steps[0].kept * 1000 > 0 and computed_steps[0].logits > 0
     assert "it does not fit into the " in printed  # even if the device has more: it did run out
     assert read_remedies(printed).keys() == {CHECKPOINTING, IN_4BIT, ONE_ROW, NO_DROPOUT, HALF}
-    with monkeypatch.context() as patch:
-        set_memory(patch, free=100, tokens=500)
-        plan = read_plan(run_main(train_lora, *plan_flags))
-    assert plan["activations"] == 24 and plan["peak"] == 32
-    limit = 3
+    assert printed.strip().endswith("the run: 2 rows, 3 steps of 8 rows")
+    monkeypatch.setattr(dry_run, "count_kept", run_out)
     message = run_main(train_lora, *plan_flags, expected=1)
     assert "2.00 GiB more were needed" in message and CHECKPOINTING in message
-
-
-def test_activations_grow_with_the_tokens() -> None:
-    step = dry_run.Measurement(100, 1, 2, activations=30, logits=4, reserved=5, seconds=6, kept=7, undropped=8)
-    assert step.peak() == 42 and step.scaled(200) == (200, 1, 2, 60, 4, 5, 12, 7, 8) and step.scaled(200).peak() == 72
 
 
 def test_out_of_memory_message(
@@ -199,6 +191,7 @@ def test_out_of_memory_message(
     assert 10 < (half := int(re.search(r"--max_length (\d+)$", message)[1])) < 30  # of the longest row
     places = [message.index(words) for words in [*remedies, "--gradient_accumulation_steps 8", f"--max_length {half}"]]
     assert places == sorted(places)
+    monkeypatch.setattr(dry_run, "count_kept", run_out)
     more = "--gradient_checkpointing True --per_device_train_batch_size 1 --max_length 400 --dry_run True"
     message = run_main(train_lora, *words, *more.split(), expected=1)
     assert "--gradient_checkpointing" not in message and "batch_size" not in message and "--max_length 200" in message

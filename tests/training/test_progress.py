@@ -91,7 +91,7 @@ def test_a_resumed_run_says_where_it_begins(run_main: Run, flags: list[str]) -> 
 def test_the_speed_is_that_of_the_steps(
     run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step takes a second; what comes before the first of them, each evaluation and each checkpoint take a thousand."""
+    """A step takes a second; what comes before the first, each evaluation and each checkpoint take a thousand."""
     clock = [0.0]
 
     def slow(name: str, seconds: float) -> None:
