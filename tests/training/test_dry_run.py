@@ -78,6 +78,19 @@ def test_gradients_and_the_states_of_the_optimizer_count(
     assert measured[2].training == measured[0].training
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_token_keeps_with_and_without_dropout(
+    run_main: Run, plan_flags: list[str], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Dropout keeps more, a masked copy and a mask; with checkpointing both are counted as without either."""
+    measured, original = [], dry_run.measure
+    monkeypatch.setattr(dry_run, "measure", lambda *args: measured.append(original(*args)) or measured[-1])
+    run_main(train_lora, *plan_flags, "--gradient_checkpointing", checkpointing)
+    inputs = 2 * 32 * 4  # of two layers
+    assert measured[0].undropped > 4 * inputs
+    assert (measured[0].kept == measured[0].undropped) == checkpointing and measured[0].kept >= measured[0].undropped
+
+
 CHECKPOINTING, IN_4BIT, ONE_ROW, NO_DROPOUT, HALF = (
     "--gradient_checkpointing True",
     "--load_in_4bit True",
