@@ -52,8 +52,9 @@ from finetuning.training.checkpoints import (
     run_settings,
     saved_step,
 )
-from finetuning.training.dry_run import print_plan
-from finetuning.training.flags import Arguments
+from finetuning.training.collators import row_lengths
+from finetuning.training.dry_run import Rehearsal, print_plan
+from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.progress import ProgressLog
 from finetuning.training.report import describe_run, print_first_row, print_run, write_report
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -218,10 +219,14 @@ def train_and_save(
     signals, checkpoints = StopOnSignal(), CheckpointWriter(files, args.save_total_limit)
     eval_dataset = eval_data.dataset if eval_data else None
     pad_id = pad_token_id(tokenizer)
-    callbacks = (signals, checkpoints)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, callbacks)
-    trainer.add_callback(ProgressLog(trainer, args))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, (signals, checkpoints))
+    lengths = row_lengths(train_data.dataset)
+    log = ProgressLog(sum(lengths) / len(lengths))
+    remedies = list(memory_flags(args, max(lengths)).values())
+    trainer.add_callback(Rehearsal(trainer, remedies))  # before the first step
+    trainer.add_callback(log)
+    with memory_advice(args.training.device, remedies):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 
     state = adapter_state(model)
@@ -230,6 +235,7 @@ def train_and_save(
         save_adapter(model, state, output_dir, start, files)
         if not args.run.keep_checkpoints:
             remove_checkpoints(output_dir)
-    run = describe_run(trainer, result.metrics, resumed_at, train_data.summary, args)
+    seconds = result.metrics["train_runtime"]
+    run = describe_run(trainer, seconds, log.seconds, resumed_at, train_data.summary, args)
     print_run(run, output_dir)
     return run

@@ -2,35 +2,36 @@
 
     python -m benchmarking.scaling --report docs/scaling.md,docs/scaling_zh.md
     python -m benchmarking.scaling --cards 8,12,16,24,48,80 --report README.md,README_zh.md
+    python -m benchmarking.scaling --kept True --shapes qwen2.5-7b
 
-Weights are counted from the models' shapes, what the backward pass keeps by `kept_bytes`. The arithmetic stands in
-`memory`.
+The arithmetic is that of a dry run (finetuning/training/memory.py). What the backward pass keeps is counted on tensors
+that have a shape and a dtype, but no values, in the operations of a GPU: float16, `varlen_attn` for the attention.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch._subclasses.fake_tensor import FakeTensorMode  # as documented; the meta device has no autocast
 from transformers import AutoModelForCausalLM
 
-from benchmarking.kept_bytes import per_token_and_layer
 from benchmarking.pages import find_pages, write_table
 from benchmarking.shapes import SHAPES, make_config
 from finetuning.cli.arguments import ScriptParser, flag
 from finetuning.cli.console import say
 from finetuning.cli.memory import GIB
-from finetuning.training.losses import LOGITS_MEMORY
+from finetuning.model.soft_prompts import SoftPromptModel
+from finetuning.training.attention import attention
+from finetuning.training.collators import FlattenCollator
+from finetuning.training.memory import Need, Size, compute_step, count_kept_bytes, measure_size
 
-HALF = 2  # bytes of a weight in float16 or bfloat16
-# Bytes of a weight in NF4 with double quantisation: 4 bits, 1 byte for each 64 weights, 4 bytes for each 64 x 256.
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-OPTIMIZER = 16  # bytes of a trained weight: itself, its gradient and the two numbers of AdamW, in float32
-LORA_RANK = 8
-VIRTUAL_TOKENS = 20
 CONTEXT = 0.5  # GiB that CUDA itself takes
 USABLE = 0.95  # of a GPU's memory: PyTorch keeps some between its tensors, and a card of 24 GB has a little less
 LARGE = "qwen2.5-7b,qwen2.5-14b,qwen2.5-32b,qwen2.5-72b"
+METHODS = {"lora": "LoRA on q, k, v", "lora, no dropout": "LoRA, --lora_dropout 0", "prompt_tuning": "prompt tuning"}
+TOKENS = 256  # to count on
 
 
 @dataclass
@@ -40,6 +41,7 @@ class ScalingArguments:
     shapes: str | None = flag(None, "of released models, commas between (default: from 7b; with --cards: all)")
     gpus: int = flag(8, "over which FSDP or ZeRO-3 divides the weights")
     cards: str | None = flag(None, "GiB of single GPUs, commas between: which models fit, in a table of its own")
+    kept: bool = flag(False, "only what a token keeps for the backward pass, in each layer")
     tokens: int = flag(1024, "of the rows that a GPU gets at once")
     report: str | None = flag(
         None, "files, commas between, that get the table between their lines <!-- memory --> and <!-- /memory -->"
@@ -54,71 +56,67 @@ class ScalingArguments:
             raise ValueError(f"--cards {self.cards}: whole numbers of GiB, such as 8,24,80")
 
 
-class Size(NamedTuple):
-    """How many weights a model has, and in which parts."""
+class GpuDropout(torch.nn.Module):
+    """Dropout as on a GPU, which keeps a byte for each number; a CPU keeps as many as the number has."""
 
-    layers: int
-    layer: int  # weights of one
-    matrices: int  # of them in matrices, which 4 bits reach
-    largest: int  # of these
-    vocabulary: int  # weights of the embeddings, and as many of lm_head
-    lora: int  # of LoRA on q_proj, k_proj and v_proj
-    prompt: int = 0  # of a soft prompt
-    tied: bool = False  # whether lm_head is the embeddings
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(states, 0.05, True)[0]
 
-    def weights(self) -> int:
-        return self.layers * self.layer + (1 if self.tied else 2) * self.vocabulary
+
+def make_model(shape: str, layers: int, method: str) -> PeftModel:
+    """Some layers of a shape in float16 on the meta device, with the default adapter of one of the METHODS."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_config(shape, layers), dtype=torch.float16)
+        if method == "prompt_tuning":
+            return SoftPromptModel(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20))
+        dropout = 0.0 if method == "lora, no dropout" else 0.05
+        names = ["q_proj", "k_proj", "v_proj"]
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=names, lora_dropout=dropout))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Dropout):
+                module.register_module(name, GpuDropout())
+    return model
 
 
 @cache
-def measure_shape(shape: str) -> Size:
-    """Count the weights of a released model; none of them is made."""
-    config = make_config(shape, 1)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layer = model.model.layers[0]
-    linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    adapted = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+def count_weights(shape: str, method: str) -> tuple[Size, int]:
+    """The weights of a released model, and how many of them are trained; none of them is made."""
     layers = SHAPES[shape]["num_hidden_layers"]
-    return Size(
-        layers=layers,
-        layer=sum(parameter.numel() for parameter in layer.parameters()),
-        matrices=sum(module.weight.numel() for module in linear),
-        largest=max(module.weight.numel() for module in linear),
-        vocabulary=model.get_input_embeddings().weight.numel(),
-        lora=layers * LORA_RANK * sum(module.in_features + module.out_features for module in adapted),
-        prompt=VIRTUAL_TOKENS * config.hidden_size,
-        tied=config.tie_word_embeddings,
-    )
+    model = make_model(shape, 1, method)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return measure_size(model.get_base_model(), layers), trained * (1 if method == "prompt_tuning" else layers)
 
 
-def memory(size: Size, kept: float, tokens: int, gpus: int, in_4bit: bool, trained: int) -> tuple[float, float]:
-    """Bytes of the weights on a GPU, and of all that a step needs there; without the CUDA context, about 0.5 GiB.
+@cache
+def kept_bytes(shape: str, method: str, cast_inputs: bool = False) -> float:
+    """The bytes that a token keeps in a layer: a second difference, in which all else cancels.
 
     Args:
-        kept: bytes for each token and layer that the backward pass needs; with checkpointing, those of the layers'
-            inputs, and the caller adds one whole layer.
-        gpus: over which the weights are divided; 1 for a whole copy.
-        trained: weights.
+        cast_inputs: with PEFT's cast of the input of LoRA layers, which our Trainer switches off.
     """
-    layer = size.matrices * NF4 + (size.layer - size.matrices) * HALF if in_4bit else size.layer * HALF
-    weights = (size.layers * layer + (1 if size.tied else 2) * size.vocabulary * HALF) / gpus
-    # divided weights are put together for two layers, the one at work and the next, and for lm_head
-    together = 2 * layer + size.vocabulary * HALF if gpus > 1 else 0
-    unpacked = size.largest * HALF if in_4bit else 0
-    logits = 2 * LOGITS_MEMORY
-    return weights, weights + together + unpacked + logits + kept * tokens * size.layers + trained * OPTIMIZER
+    sizes = {}
+    for layers in (1, 2):
+        model = make_model(shape, layers, method).to_empty(device="cpu").train()  # memory that is never touched
+        for tokens in (TOKENS, 2 * TOKENS):
+            batch = FlattenCollator()([dict.fromkeys(("input_ids", "labels"), [1] * tokens)])
+            del batch["labels"]  # no loss
+            with (
+                FakeTensorMode(allow_non_fake_inputs=True),
+                attention(model.get_base_model(), "varlen"),
+                disable_input_dtype_casting(model, active=not cast_inputs),
+                torch.autocast("cpu", torch.float16),
+            ):
+                sizes[layers, tokens] = count_kept_bytes(lambda model=model, batch=batch: model(**batch))
+    one, two = (sizes[layers, 2 * TOKENS] - sizes[layers, TOKENS] for layers in (1, 2))
+    return (two - one) / TOKENS
 
 
-def step_memory(
-    shape: str, method: str, in_4bit: bool, checkpointing: bool, tokens: int, gpus: int = 1
-) -> tuple[float, float]:
-    """`memory` of a released model with the method `lora` or `prompt_tuning`."""
-    size = measure_shape(shape)
-    kept = per_token_and_layer(shape, method, checkpointing)
-    if checkpointing:  # one layer is computed again at a time
-        kept += per_token_and_layer(shape, method) / size.layers
-    return memory(size, kept, tokens, gpus, in_4bit, size.lora if method == "lora" else size.prompt)
+def step_memory(shape: str, method: str, in_4bit: bool, checkpointing: bool, tokens: int, gpus: int = 1) -> Need:
+    """What a step of a released model needs on each GPU, with one of the METHODS."""
+    size, trained = count_weights(shape, method)
+    kept = kept_bytes(shape, method) * size.layers
+    return compute_step(size, kept, tokens, trained, checkpointing, in_4bit=in_4bit, gpus=gpus)
 
 
 def make_table(shapes: list[str], tokens: int, gpus: int) -> str:
@@ -137,8 +135,8 @@ def make_table(shapes: list[str], tokens: int, gpus: int) -> str:
                 ]
                 name = "whole (DDP)" if count == 1 else f"divided by {count} (FSDP, ZeRO-3)"
                 kind = "4-bit" if in_4bit else "16-bit"
-                cells = [f"{total / GIB:.1f}" for _, total in needed]
-                lines.append(f"| {shape} | {kind} | {name} | {needed[0][0] / GIB:.1f} | {' | '.join(cells)} |")
+                cells = [f"{size / GIB:.1f}" for size in (needed[0].weights, *(need.total() for need in needed))]
+                lines.append(f"| {shape} | {kind} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -146,9 +144,11 @@ def largest_that_fits(
     card: int, shapes: list[str], method: str, in_4bit: bool, checkpointing: bool, tokens: int
 ) -> str:
     """The size in the name of the largest model that a GPU of `card` GiB can train, "none" if there is none."""
-    needed = {shape: step_memory(shape, method, in_4bit, checkpointing, tokens)[1] / GIB + CONTEXT for shape in shapes}
-    fits = [shape for shape, total in needed.items() if total <= USABLE * card]
-    return max(fits, key=lambda shape: measure_shape(shape).weights()).split("-")[1].upper() if fits else "none"
+    needed = {shape: step_memory(shape, method, in_4bit, checkpointing, tokens).total() / GIB for shape in shapes}
+    fits = [shape for shape, total in needed.items() if total + CONTEXT <= USABLE * card]
+    return (
+        max(fits, key=lambda shape: count_weights(shape, method)[0].weights()).split("-")[1].upper() if fits else "none"
+    )
 
 
 def make_cards_table(cards: list[int], shapes: list[str], tokens: int) -> str:
@@ -161,9 +161,11 @@ def make_cards_table(cards: list[int], shapes: list[str], tokens: int) -> str:
             sizes = [largest_that_fits(card, shapes, method, in_4bit, on, tokens) for on in (False, True)]
             cells.append(" / ".join(sizes))
         lines.append(f"| {card} GB | {' | '.join(cells)} |")
-    size = measure_shape("qwen2.5-7b")
-    lora, prompt = (f"{count:,} ({100 * count / size.weights():.4f}%)" for count in (size.lora, size.prompt))
-    lines.append(f"| a 7B trains | {lora} | {lora} | {prompt} | {prompt} |")
+    cells = []
+    for method, _ in methods:
+        size, trained = count_weights("qwen2.5-7b", method)
+        cells.append(f"{trained:,} ({100 * trained / size.weights():.4f}%)")
+    lines.append(f"| a 7B trains | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -171,6 +173,13 @@ def main() -> None:
     (args,) = ScriptParser((ScalingArguments,), __doc__).parse()
     pages = find_pages(args.report, "memory")
     shapes = args.shapes.split(",")
+    if args.kept:
+        for shape in shapes:
+            say(f"{shape}, float16: KiB kept for the backward pass, for each token and layer")
+            for method, title in METHODS.items():
+                inputs = make_config(shape).hidden_size * 2
+                say(f"  {title:22} {kept_bytes(shape, method) / 1024:6.1f}, with checkpointing {inputs / 1024:5.1f}")
+        return
     if args.cards:
         table = make_cards_table([int(card) for card in args.cards.split(",")], shapes, args.tokens)
     else:

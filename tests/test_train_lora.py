@@ -412,7 +412,7 @@ def test_speed_of_a_resumed_run(run: Run, interrupted: list[str], tmp_path: Path
     for how in ("--resume_from_checkpoint", "--overwrite_output_dir"):
         run(*interrupted, how, "True")
         speed = json.loads((tmp_path / "out/training_report.json").read_text(encoding="utf-8"))["speed"]
-        tokens.append(speed["tokens_per_second"] * speed["seconds"])
+        tokens.append(speed["tokens_per_second"] * speed["step_seconds"])
     assert tokens[0] == pytest.approx(tokens[1] / 2)
 
 

@@ -212,6 +212,7 @@ def memory_flags(args: Arguments, longest: int | None = None) -> dict[str, str]:
         "offload": OFFLOAD if can_offload else "",
         "4 bits": "" if args.model.load_in_4bit else "--load_in_4bit True",
         "one row": " ".join(one_row),
+        "no dropout": "" if checkpointing or not vars(args.method).get("lora_dropout") else "--lora_dropout 0",
         "half length": f"--max_length {min(args.data.max_length, longest or args.data.max_length) // 2}",
     }
     return {name: flag for name, flag in flags.items() if flag}

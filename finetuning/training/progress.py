@@ -7,30 +7,31 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from finetuning.cli.console import cyan, describe_duration, fact, say
-from finetuning.cli.memory import GIB, memory_of_others, peak_reserved, total_memory, used_memory
-from finetuning.training.collators import row_lengths
-from finetuning.training.dry_run import Rehearsal, rehearse
-from finetuning.training.flags import Arguments
-from finetuning.training.trainer import FineTuningTrainer
+from finetuning.cli.memory import GIB, peak_reserved
 
 COLUMNS = "   step  epoch      loss  grad norm  learning rate  tokens/s     GiB      left"
 BAR = "{percentage:3.0f}%|{bar}| {n:,} of {total:,} steps, {elapsed} < {remaining}{postfix}"
 
 
 class ProgressLog(TrainerCallback):
-    """Rehearses a step; then shows steps, losses, speed, the most memory so far and the time that is left."""
+    """Shows steps, losses, speed, the most memory so far and the time that is left.
 
-    def __init__(self, trainer: FineTuningTrainer, args: Arguments) -> None:
-        self.trainer = trainer
-        self.args = args
-        lengths = row_lengths(trainer.train_dataset)
-        self.tokens_per_row = sum(lengths) / len(lengths)
+    `seconds` is the time of the steps alone, without what comes before the first, evaluations and checkpoints.
+
+    Args:
+        tokens_per_row: on average.
+    """
+
+    def __init__(self, tokens_per_row: float) -> None:
+        self.tokens_per_row = tokens_per_row
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.tokens_per_step = rows * self.tokens_per_row
-        self.first_step, self.evaluated = state.global_step, 0
-        print_steps(args, state, rows, self.tokens_per_step, rehearse(self.trainer, self.args))
+        saves = f"; a checkpoint every {state.save_steps:,} steps" if args.save_strategy == "steps" else ""
+        resumed = f" from step {state.global_step:,}" if state.global_step else ""
+        tokens = f"{self.tokens_per_step:,.0f} tokens"
+        fact("steps", f"{state.max_steps:,}{resumed}, of {rows:,} rows (about {tokens}){saves}")
         say(f"\n{COLUMNS}")
         self.bar = tqdm(
             total=state.max_steps,
@@ -40,16 +41,23 @@ class ProgressLog(TrainerCallback):
             leave=False,
             disable=args.disable_tqdm or not state.is_world_process_zero or None,  # None: only on a terminal
         )
-        self.start(args, state)
-        self.seconds = 0.0  # of the steps so far
+        self.first_step, self.evaluated, self.seconds = state.global_step, 0, 0.0
+        self.logged = (state.global_step, 0.0)  # the step of the last line, and `seconds` then
+        self.start()
 
-    def start(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
-        """Measure the speed from here on: evaluations and checkpoints do not count."""
-        self.since, self.since_step = time.perf_counter(), state.global_step
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        """Count the time from here on."""
+        self.since = time.perf_counter()
 
     on_save = start
 
+    def count(self) -> None:
+        """Add the time since the last call, or since `start`."""
+        self.seconds += time.perf_counter() - self.since
+        self.start()
+
     def on_step_end(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        self.count()
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
@@ -60,8 +68,8 @@ class ProgressLog(TrainerCallback):
             say(cyan(f"{step} {logs['eval_loss']:9.4f}  evaluation, {describe_duration(logs['eval_runtime'])}"))
         if "loss" not in logs:
             return
-        steps, seconds = state.global_step - self.since_step, time.perf_counter() - self.since
-        self.seconds += seconds
+        self.count()  # reading the loss has waited for the GPU
+        steps, seconds = state.global_step - self.logged[0], self.seconds - self.logged[1]
         done = state.global_step - self.first_step
         # the first step takes longer than the others
         left = describe_duration(self.seconds / done * (state.max_steps - state.global_step)) if done > 1 else ""
@@ -69,7 +77,7 @@ class ProgressLog(TrainerCallback):
             f"{step} {logs['loss']:9.4f} {logs.get('grad_norm', 0):10.3g} {logs['learning_rate']:14.3g} "
             f"{steps * self.tokens_per_step / seconds:9,.0f} {peak_reserved(args.device) / GIB:7.2f} {left:>9}"
         )
-        self.start(args, state)
+        self.logged = (state.global_step, self.seconds)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -77,27 +85,10 @@ class ProgressLog(TrainerCallback):
         self.evaluated += 1
         self.bar.set_postfix_str(f"evaluating {self.evaluated:,} of {len(eval_dataloader):,}")
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.evaluated = 0
         self.bar.set_postfix_str("")
-        self.start(args, state)
+        self.start()
 
-    def on_train_end(self, *rest: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-def print_steps(
-    args: TrainingArguments, state: TrainerState, rows: int, tokens: float, rehearsal: Rehearsal | None
-) -> None:
-    """Print the run's steps (of so many rows and tokens), its time, and the memory that it needs or, else, has."""
-    saves = f"; a checkpoint every {state.save_steps:,} steps" if args.save_strategy == "steps" else ""
-    resumed = f" from step {state.global_step:,}" if state.global_step else ""
-    fact("steps", f"{state.max_steps:,}{resumed}, of {rows:,} rows (about {tokens:,.0f} tokens){saves}")
-    used, free = used_memory(args.device), total_memory(args.device) - memory_of_others(args.device)
-    if rehearsal:
-        duration = describe_duration(rehearsal.seconds * (state.max_steps - state.global_step))
-        fact("time", f"about {duration}, without evaluation")
-        peak, longest = rehearsal.peak / GIB, rehearsal.longest
-        fact("memory", f"{peak:.2f} GiB of {free / GIB:.2f}, measured on the longest rows (up to {longest:,} tokens)")
-    else:
-        fact("memory", f"{used / GIB:.2f} GiB in use, {(free - used) / GIB:.2f} free")

@@ -79,16 +79,17 @@ def merge_log(log: list[dict[str, float]]) -> list[dict[str, float | None]]:
 
 
 def describe_run(
-    trainer: Trainer, metrics: dict[str, float], resumed_at: int, summary: Summary, args: Arguments
+    trainer: Trainer, seconds: float, step_seconds: float, resumed_at: int, summary: Summary, args: Arguments
 ) -> dict[str, Any]:
     """What is known of a finished run, for training_report.json.
 
     Args:
-        metrics: of the Trainer's result.
+        seconds: of all that happened in training.
+        step_seconds: of the steps alone, which the speed is that of.
         resumed_at: the step of the checkpoint that the run was resumed from, or 0. The speed is of the steps since.
         summary: of the training data.
     """
-    state, device, seconds = trainer.state, args.training.device, metrics["train_runtime"]
+    state, device = trainer.state, args.training.device
     tokens = sum(row_lengths(trainer.train_dataset)) * state.epoch * (1 - resumed_at / state.global_step)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     config = trainer.model.peft_config["default"]
@@ -115,7 +116,8 @@ def describe_run(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "speed": {
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "step_seconds": step_seconds,
+            "tokens_per_second": tokens / step_seconds,
             "peak_memory_gib": peak_reserved(device) / GIB,
         },
         "history": merge_log(state.log_history),

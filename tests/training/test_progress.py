@@ -1,5 +1,6 @@
 """What a run shows while it trains: on a terminal, in a file, and what it says at its end."""
 
+import json
 import os
 import pty
 import re
@@ -13,6 +14,9 @@ from support import REPOSITORY, STEP, Run
 
 import train_lora
 import train_prompt_tuning
+from finetuning.training import progress
+from finetuning.training.checkpoints import CheckpointWriter
+from finetuning.training.trainer import FineTuningTrainer
 
 
 def run_in_terminal(words: list[str], **environment: str) -> str:
@@ -82,3 +86,34 @@ def test_a_resumed_run_says_where_it_begins(run_main: Run, flags: list[str]) -> 
     run_main(train_lora, *flags, "--save_steps", 2, "--keep_checkpoints", True, "--max_steps", 4)
     printed = run_main(train_lora, *flags, "--resume_from_checkpoint", True)
     assert "steps       6 from step 4, of 4 rows" in printed and len(STEP.findall(printed)) <= 2
+
+
+def test_the_speed_is_that_of_the_steps(
+    run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second; what comes before the first, each evaluation and each checkpoint take a thousand."""
+    clock = [0.0]
+
+    def slow(name: str, seconds: float) -> None:
+        original = getattr(FineTuningTrainer, name)
+
+        def wait(self: FineTuningTrainer, *args: object, **kwargs: object) -> object:
+            clock[0] += seconds
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(FineTuningTrainer, name, wait)
+
+    slow("training_step", 1)
+    slow("evaluate", 1000)
+    slow("train", 1000)
+    on_save = CheckpointWriter.on_save
+    monkeypatch.setattr(
+        CheckpointWriter,
+        "on_save",
+        lambda *args, **kwargs: clock.append(clock.pop() + 1000) or on_save(*args, **kwargs),
+    )
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    words = ["--eval_data_path", rows_path, "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 3]
+    run_main(train_lora, *flags, *words, "--sample_answers", 0, "--eval_metrics", False)
+    speed = json.loads((tmp_path / "out/training_report.json").read_text(encoding="utf-8"))["speed"]
+    assert speed["step_seconds"] == 6 and clock[0] > 5000

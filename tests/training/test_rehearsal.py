@@ -14,8 +14,14 @@ from transformers import Trainer
 
 import train_lora
 import train_prompt_tuning
-from finetuning.training import dry_run, progress
-from finetuning.training.dry_run import rehearse
+from finetuning.training import dry_run
+from finetuning.training.dry_run import Rehearsal
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU rehearse as a GPU does."""
+    monkeypatch.setattr(dry_run, "is_worth_rehearsing", lambda device: True)
 
 
 @pytest.fixture
@@ -41,45 +47,70 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, most_rows: int, most_toke
 
 @pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "True", "--gradient_accumulation_steps", "2"]])
+@pytest.mark.parametrize("gpu", [True, False])
 def test_nothing_of_it_stays(
-    run_main: Run, flags: list[str], script: object, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_main: Run,
+    flags: list[str],
+    script: object,
+    more: list[str],
+    gpu: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same losses and the same adapter as without it, with dropout and clipped gradients."""
     more = [*more, "--logging_steps", 1, "--keep_checkpoints", True]
+    monkeypatch.setattr(dry_run, "is_worth_rehearsing", lambda device: gpu)
     run_main(script, *flags, *more)
-    monkeypatch.setattr(progress, "rehearse", lambda *args: None)
+    monkeypatch.setattr(Rehearsal, "on_train_begin", lambda *args, **kwargs: None)
     run_main(script, *flags, *more, "--output_dir", tmp_path / "without")
     assert logged(tmp_path / "out") == logged(tmp_path / "without")
     assert equal_weights(tmp_path / "out", tmp_path / "without")
 
 
-def test_memory_and_time_are_known_before_the_first_step(
-    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batches: the longest row among four; then usual rows, whose time counts for each batch of each step."""
-    tokens, original = [], Trainer.training_step
+def record_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The rows, tokens and highest row number of each pass."""
+    passes, original = [], Trainer.training_step
 
     def record(self: Trainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object) -> torch.Tensor:
-        tokens.append((len(inputs["row_numbers"]), inputs["input_ids"].numel(), max(inputs["row_numbers"])))
+        passes.append((len(inputs["row_numbers"]), inputs["input_ids"].numel(), max(inputs["row_numbers"])))
         return original(self, model, inputs, *args)
 
-    clock = chain([0, 100, 200, 205], count(300))  # begin and end of each of the two batches; then the run's own time
     monkeypatch.setattr(Trainer, "training_step", record)
+    return passes
+
+
+MEMORY = r"^memory +([\d.]+) GiB of ([\d.]+), (measured on|computed for) the longest rows \(up to (\d+) tokens\)"
+
+
+def test_memory_and_time_are_known_before_the_first_step(
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch, on_gpu: None
+) -> None:
+    """One pass, with the longest row among four, whose time counts for each batch of each step."""
+    passes = record_passes(monkeypatch)
+    clock = chain([0, 5], count(300))  # begin and end of the pass; then the run's own time
     monkeypatch.setattr("finetuning.training.dry_run.time.perf_counter", lambda: next(clock))
     words = ["--max_steps", 3, "--gradient_accumulation_steps", 2, "--logging_strategy", "no"]
     printed = run_main(train_lora, *long_row, *words)
-    (four, longest, row), (usual, shorter, _), *_ = tokens
-    assert four == usual == 4 and row >= 7 and longest > 300 + 3 * 50 and shorter < 400
+    rows, tokens, row = passes[0]
+    assert len(passes) == 1 + 3 * 2 - 1 and rows == 4 and row >= 7 and tokens > 300 + 3 * 50  # 12 rows: 3 batches
     mean = int(re.search(r"^tokens +([\d,]+)", printed, re.M)[1].replace(",", "")) / 12
-    assert f"\ntime        about {3 * 2 * 5 * mean / (shorter / 4):.0f} s" in printed
-    line = r"^memory +([\d.]+) GiB of ([\d.]+), .*\(up to (\d+) tokens\)"
-    peak, free, longest = re.search(line, printed, re.M).groups()
+    assert f"\ntime        at most {3 * 2 * 5 * mean / (tokens / 4):.0f} s" in printed
+    peak, free, how, longest = re.search(MEMORY, printed, re.M).groups()
     at_the_end = float(re.search(r"peak memory ([\d.]+) GiB", printed)[1])
-    assert 0.1 < float(peak) <= at_the_end + 0.01 < float(free) and 300 < int(longest) < 350
+    assert how == "measured on" and 0.1 < float(peak) <= at_the_end + 0.01 < float(free) and 300 < int(longest) < 350
+
+
+def test_on_a_cpu_it_is_computed(run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass costs as much as a step there: none is taken, and the line says what was computed for the longest rows."""
+    passes = record_passes(monkeypatch)
+    printed = run_main(train_lora, *long_row, "--max_steps", 3)
+    assert len(passes) == 3 and "\ntime  " not in printed
+    peak, free, how, longest = re.search(MEMORY, printed, re.M).groups()
+    assert how == "computed for" and 0.1 < float(peak) < float(free) and 300 < int(longest) < 350
 
 
 def test_rows_that_do_not_fit_are_named_before_the_first_step(
-    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch, on_gpu: None
 ) -> None:
     run_out_of_memory(monkeypatch, most_rows=4, most_tokens=300)
     message = run_main(train_lora, *long_row, "--logging_steps", 1, expected=1)
@@ -89,7 +120,7 @@ def test_rows_that_do_not_fit_are_named_before_the_first_step(
 
 
 def test_a_smaller_batch_is_found_with_the_longest_rows(
-    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch, on_gpu: None
 ) -> None:
     """The Trainer's own `--auto_find_batch_size`: it is not kept from trying."""
     run_out_of_memory(monkeypatch, most_rows=2, most_tokens=1000)
@@ -98,7 +129,7 @@ def test_a_smaller_batch_is_found_with_the_longest_rows(
 
 
 def test_the_loss_of_a_row_is_not_blamed_on_the_first_step(
-    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch
+    run_main: Run, long_row: list[str], monkeypatch: pytest.MonkeyPatch, on_gpu: None
 ) -> None:
     """A row without a finite loss is named with the step that it came in."""
     original = train_lora.train
@@ -117,25 +148,25 @@ def test_the_loss_of_a_row_is_not_blamed_on_the_first_step(
     assert row == "7" and int(step) > 1
 
 
-def test_where_there_is_none() -> None:
-    """Several processes, and optimizers that change the weights in the backward pass."""
-    trainer = SimpleNamespace(state=SimpleNamespace(train_batch_size=1))
-    for processes, optimizer in ((2, "adamw_torch"), (1, "galore_adamw_layerwise"), (1, "adalomo")):
-        training = SimpleNamespace(world_size=processes, optim=optimizer, device=torch.device("cpu"))
-        assert rehearse(trainer, SimpleNamespace(training=training)) is None
-
-
 @pytest.mark.parametrize(("finds_batch", "rows"), [(False, 4), (True, 2)])
-def test_the_batch_is_that_of_this_run(monkeypatch: pytest.MonkeyPatch, finds_batch: bool, rows: int) -> None:
-    """Of two processes with two rows each, resumed by one with four: the checkpoint's state still says two."""
+def test_the_batch_is_that_of_this_run(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: None, finds_batch: bool, rows: int
+) -> None:
+    """Of two processes with two rows each, resumed by one with four: the checkpoint's state still says two.
+
+    With several processes, and optimizers that change the weights in the backward pass, no pass is taken.
+    """
     measured: list[int] = []
     monkeypatch.setattr(dry_run, "take_pass", lambda trainer, batch: measured.append(len(batch)) or 1.0)
-    monkeypatch.setattr(dry_run, "memory_flags", lambda *args: {})
-    training = SimpleNamespace(world_size=1, optim="adamw_torch", device=torch.device("cpu"), train_batch_size=4)
-    training.auto_find_batch_size, training.gradient_accumulation_steps = finds_batch, 1
+    args = SimpleNamespace(world_size=1, optim="adamw_torch", device=torch.device("cpu"), train_batch_size=4)
+    args.auto_find_batch_size, args.gradient_accumulation_steps = finds_batch, 1
+    state = SimpleNamespace(train_batch_size=2, max_steps=2, global_step=0)
     dataset = Dataset.from_dict({"length": [3] * 8, "row_number": list(range(8))})
-    guard = SimpleNamespace(forwards=[])
-    trainer = SimpleNamespace(state=SimpleNamespace(train_batch_size=2), train_dataset=dataset, not_finite_guard=guard)
+    trainer = SimpleNamespace(train_dataset=dataset, not_finite_guard=SimpleNamespace(forwards=[]))
     trainer.model = torch.nn.Linear(2, 2)
-    rehearse(trainer, SimpleNamespace(training=training))
-    assert measured == [rows, rows]
+    Rehearsal(trainer, []).on_train_begin(args, state)
+    assert measured == [rows]
+    for processes, optimizer in ((2, "adamw_torch"), (1, "galore_adamw_layerwise"), (1, "adalomo")):
+        args.world_size, args.optim = processes, optimizer
+        Rehearsal(trainer, []).on_train_begin(args, state)
+    assert measured == [rows]

@@ -9,48 +9,38 @@ import pytest
 from support import REPOSITORY, Run
 
 from benchmarking import scaling
-from benchmarking.scaling import CONTEXT, GIB, USABLE, Size, largest_that_fits, measure_shape, memory
+from benchmarking.scaling import CONTEXT, GIB, USABLE, count_weights, kept_bytes, largest_that_fits
 from benchmarking.shapes import SHAPES
-
-PARAMETERS_7B = 7_615_616_512
+from finetuning.training.memory import Need, compute_step
 
 
 def test_weights_of_a_7b() -> None:
-    size = measure_shape("qwen2.5-7b")
+    """The figures of the README: 15.2 GB in 16 bits, about 5.6 GB in 4 bits."""
+    size, lora = count_weights("qwen2.5-7b", "lora")
     norm = 3584  # the last one is in no layer
-    assert size.layers * size.layer + 2 * size.vocabulary + norm == PARAMETERS_7B
-    assert size.largest == 3584 * 18944
-    assert size.lora == 28 * 8 * (3584 + 3584 + 2 * (3584 + 512)) and size.prompt == 20 * 3584
-    assert size.weights() == PARAMETERS_7B - norm
+    assert size.weights() + norm == 7_615_616_512 and size.largest == 3584 * 18944
+    assert lora == 28 * 8 * (3584 + 3584 + 2 * (3584 + 512))
+    assert count_weights("qwen2.5-7b", "prompt_tuning") == (size, 20 * 3584)
+    assert compute_step(size, 0, 0, 0).weights / 1e9 == pytest.approx(15.2, abs=0.05)
+    assert compute_step(size, 0, 0, 0, in_4bit=True).weights / 1e9 == pytest.approx(5.6, abs=0.1)
 
 
 def test_vocabulary_that_is_shared_counts_once() -> None:
-    size = measure_shape("qwen2.5-0.5b")
+    size, _ = count_weights("qwen2.5-0.5b", "lora")
     assert size.tied and size.weights() == 494_032_768 - 896  # all but the last norm
-    assert memory(size, 0, 0, 1, False, 0)[0] == 2 * size.weights()
+    assert compute_step(size, 0, 0, 0).weights == 2 * size.weights()
 
 
-SIZE = Size(layers=4, layer=100, matrices=80, largest=30, vocabulary=1000, lora=7)
+def test_what_a_token_keeps(run_main: Run) -> None:
+    printed = run_main(scaling, "--kept", True, "--shapes", "qwen2.5-7b")
+    assert "LoRA on q, k, v         186.7, with checkpointing   7.0" in printed
+    assert "LoRA, --lora_dropout 0  162.2, with checkpointing   7.0" in printed
+    assert "prompt tuning           155.1, with checkpointing   7.0" in printed
 
 
-def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "LOGITS_MEMORY", 0)
-    whole, total = memory(SIZE, kept=3, tokens=10, gpus=1, in_4bit=False, trained=7)
-    assert whole == 2 * (4 * 100 + 2 * 1000) and total == whole + 3 * 10 * 4 + 16 * 7
-    part, total = memory(SIZE, kept=0, tokens=10, gpus=8, in_4bit=False, trained=0)
-    assert part == whole / 8 and total == part + 2 * 200 + 2000  # two layers and lm_head are whole while they work
-    shared, _ = memory(SIZE._replace(tied=True), kept=0, tokens=10, gpus=1, in_4bit=False, trained=0)
-    assert shared == 2 * (4 * 100 + 1000)
-    packed, total = memory(SIZE, kept=0, tokens=10, gpus=1, in_4bit=True, trained=0)
-    assert packed == pytest.approx(4 * (80 * 0.5159 + 20 * 2) + 4000, rel=1e-4) and total == packed + 60
-
-
-def test_7b_as_measured_elsewhere() -> None:
-    """The figures of the README: 15.2 GB in 16 bits, about 5.6 GB in 4 bits."""
-    size = measure_shape("qwen2.5-7b")
-    assert memory(size, 0, 0, 1, False, 0)[0] / 1e9 == pytest.approx(15.2, abs=0.05)
-    assert memory(size, 0, 0, 1, True, 0)[0] / 1e9 == pytest.approx(5.6, abs=0.1)
-    assert GIB == 2**30
+def test_the_cast_of_peft_keeps_nothing() -> None:
+    """Autocast undoes it at once: it costs time, and memory for a moment."""
+    assert kept_bytes("qwen2.5-7b", "lora", cast_inputs=True) <= 190 * 1024
 
 
 def make_table(*flags: str) -> str:
@@ -83,8 +73,8 @@ def test_the_table_by_card_is_the_one_in_the_readmes() -> None:
 
 def test_what_fits_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest model that fits, with all that are smaller; a card is not filled to the brim."""
-    needed = {shape: measure_shape(shape).weights() * 2.0 for shape in SHAPES}
-    monkeypatch.setattr(scaling, "step_memory", lambda shape, *rest: (0, needed[shape]))
+    needed = {shape: count_weights(shape, "lora")[0].weights() * 2.0 for shape in SHAPES}
+    monkeypatch.setattr(scaling, "step_memory", lambda shape, *rest: Need(needed[shape], 0, 0, 0))
     assert largest_that_fits(16, list(SHAPES), "lora", False, False, 1) == "7B"
     needed["qwen2.5-7b"] = (16 * USABLE - CONTEXT) * GIB
     assert largest_that_fits(16, list(SHAPES), "lora", False, False, 1) == "7B"
