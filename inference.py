@@ -10,7 +10,6 @@ Base model, prompt format, quantisation and stop tokens come from what was saved
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from finetuning.model.base_model import check_model_path, checkpoint_dtype
 from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, load_adapter, read_adapter, use_trained_format
 from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.flags import FieldArguments
-from finetuning.preprocessing.rows import Row, task_of
+from finetuning.preprocessing.rows import Row, as_json, task_of
 from finetuning.preprocessing.templates import is_thinking
 
 DEFAULT_ADAPTER = "outputs/lora"
@@ -201,7 +200,7 @@ def print_answers(
     answered = predictions.finish(rows)
     if not args.output_file:
         for row in answered:
-            print(json.dumps(without_answer(row), ensure_ascii=False, default=str))  # a date of a Parquet file
+            print(as_json(without_answer(row)))
     metrics_file = Path(args.output_file).with_suffix(f".{METRICS}") if args.output_file else None
     sources = {"adapter_path": args.adapter_path, "data_path": args.data_path}
     scores = report(rows, predictions.in_order(), labels, metrics_file, **sources)

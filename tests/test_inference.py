@@ -290,6 +290,14 @@ def test_mistakes(run: Run, adapter_path: str, rows_path: str, flags: list[str],
     assert words in run("--adapter_path", adapter_path, *flags, expected=2)
 
 
+def test_output_file_of_rows_with_half_a_surrogate_pair(run: Run, adapter_path: str, tmp_path: Path) -> None:
+    """In a field that is ignored; an escape stands for it, as on the screen."""
+    rows, out = tmp_path / "odd.json", tmp_path / "answers.jsonl"
+    rows.write_text('[{"instruction": "a", "note": "\\ud83d"}]')
+    run("--adapter_path", adapter_path, "--data_path", rows, "--output_file", out, "--max_new_tokens", 2)
+    assert json.loads(out.read_text(encoding="utf-8"))["note"] == "\ud83d"
+
+
 def test_output_file_is_not_replaced(run: Run, adapter_path: str, rows_path: str, tmp_path: Path) -> None:
     taken = tmp_path / "taken.jsonl"
     taken.write_text("mine", encoding="utf-8")

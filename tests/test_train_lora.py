@@ -166,6 +166,17 @@ def test_other_architectures(run: Run, flags: list[str], tmp_path: Path, model_t
         assert "adapted     linear_attn 3 of 3 layers, mlp 0 of 4 layers, self_attn 1 of 1 layers\n" in printed
 
 
+def test_samples_of_masked_answers(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """The right answer is the last that is learnt, and not what stands behind it."""
+    turns = [("user", "q one"), ("assistant", "good"), ("user", "q two"), ("assistant", "BAD")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[-1]["weight"] = 0
+    path = tmp_path / "masked.json"
+    path.write_text(json.dumps([{"messages": messages}] * 2))
+    printed = run(*flags, "--data_path", path, "--max_steps", 1, "--sample_answers", 1)
+    assert "  right     'good'\n" in printed and "\nrow 1       'Instruction: q one'\n" in printed
+
+
 @pytest.mark.parametrize(
     ("model_type", "names", "words"),
     [

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from finetuning.generation.generate import without_answer
-from finetuning.preprocessing.rows import expected_answer, task_of
+from finetuning.preprocessing.rows import right_answer, task_of, to_nfc
 
 # What a difference is made of: a word of an alphabet or a number; else a character, as in Chinese.
 UNIT = re.compile(r"[0-9A-Za-z\u00c0-\u024f\u0370-\u052f]+|.", re.DOTALL)
@@ -55,10 +55,10 @@ def write_page(
 def judge(row: dict[str, Any], prediction: dict[str, Any]) -> str:
     """Call an answer right or wrong, ignoring white space around it as the scores do; open if there is nothing to
     compare it with."""
-    expected = expected_answer(row)
+    expected = right_answer(row)
     if expected is None:
         return "open"
-    return "right" if prediction["prediction"].strip() == expected.strip() else "wrong"
+    return "right" if to_nfc(prediction["prediction"]).strip() == to_nfc(expected).strip() else "wrong"
 
 
 def list_texts(row: dict[str, Any], prediction: dict[str, Any], verdict: str) -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ def list_texts(row: dict[str, Any], prediction: dict[str, Any], verdict: str) ->
     texts += [("thought", prediction["thought"])] if prediction.get("thought") else []
     if verdict != "wrong":
         return [*texts, ("answer", answer)]
-    return [*texts, *zip(("answer", "right answer"), mark_difference(answer, expected_answer(row)), strict=True)]
+    return [*texts, *zip(("answer", "right answer"), mark_difference(answer, right_answer(row)), strict=True)]
 
 
 def mark_difference(answer: str, expected: str) -> tuple[str, str]:

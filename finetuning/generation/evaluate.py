@@ -136,15 +136,16 @@ def evaluate(
 def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, count: int) -> None:
     """Print some rows, evenly spaced, with the right answer, the base model's and the adapter's."""
     examples = [dataset[number] for number in range(0, len(dataset), max(1, len(dataset) // count))][:count]
-    starts = [split_parts(example["labels"])[-1][0] for example in examples]
+    spans = [[part for part in split_parts(example["labels"]) if part[2]][-1] for example in examples]
+    starts = [start for start, _, _ in spans]
     prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
     config = make_generation_config(tokenizer, max_new_tokens=SAMPLE_TOKENS)
     with model.disable_adapter():
         of_base = generate(model.get_base_model(), tokenizer, prompts, config)
     of_adapter = generate(model, tokenizer, prompts, config)
     stop_ids = stop_token_ids(tokenizer)
-    for example, start, base, adapter in zip(examples, starts, of_base, of_adapter, strict=True):
-        supervised = [token for token in example["input_ids"][start:] if token not in stop_ids]
+    for example, (start, end, _), base, adapter in zip(examples, spans, of_base, of_adapter, strict=True):
+        supervised = [token for token in example["input_ids"][start:end] if token not in stop_ids]
         right = "".join(parse_generated(tokenizer.decode(supervised), tokenizer))
         name, text = f"row {example['row_number']}", adapter.thought + adapter.text
         say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")

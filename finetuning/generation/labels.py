@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetuning.cli.console import fail, warn
 from finetuning.generation.generate import batches_by_length, generate, pad_left
 from finetuning.preprocessing.encode import IGNORE_INDEX, encode, pad_token_id, tokenize
-from finetuning.preprocessing.rows import NO_TASK, Row, as_label, task_of
+from finetuning.preprocessing.rows import NO_TASK, Row, as_label, task_of, to_nfc
 from finetuning.preprocessing.summary import Summary
 from finetuning.preprocessing.templates import CLOSING, OPENING, is_thinking, opens_reasoning
 
@@ -79,7 +79,7 @@ def parse_labels(text: str) -> tuple[str, ...]:
         labels = json.loads(text) if text.lstrip().startswith("[") else re.split("[,，]", text)
     except ValueError as error:
         fail(f"--labels {text}: not a JSON list: {error}")
-    labels = tuple(label.strip() if isinstance(label, str) else "" for label in labels)
+    labels = tuple(to_nfc(label.strip()) if isinstance(label, str) else "" for label in labels)
     if len(labels) < 2 or "" in labels or len(set(labels)) < len(labels):
         example = """正面,负面 or, for words with commas, '["a, b", "c"]'"""
         fail(f"--labels {text}: name two or more different words: {example}")

@@ -11,7 +11,7 @@ import numpy as np
 from finetuning.cli.console import attempt, say, warn
 from finetuning.generation.labels import find_labels
 from finetuning.model.folder import CONFUSION, METRICS
-from finetuning.preprocessing.rows import expected_answer, task_of
+from finetuning.preprocessing.rows import right_answer, task_of, to_nfc
 
 OTHER = "(other)"  # in a confusion matrix: any answer that is not a label
 LARGEST_TABLE = 12  # labels; a larger confusion matrix is only in the file
@@ -42,7 +42,7 @@ def report(
     say(f"{len(rows)} rows answered, {cut} of the answers cut before their end")
     head |= {"rows": len(rows), "cut": cut}
     table = ""
-    numbers = [number for number, row in enumerate(rows) if expected_answer(row) is not None]
+    numbers = [number for number, row in enumerate(rows) if right_answer(row) is not None]
     # the README's shortest pip command does not install these
     scorers = {"sacrebleu": "sacrebleu", "sklearn": "scikit-learn"}
     missing = [package for module, package in scorers.items() if not find_spec(module)]
@@ -51,9 +51,9 @@ def report(
     elif numbers:
         head["scores"] = score(
             [rows[number] for number in numbers],
-            [predictions[number]["prediction"] for number in numbers],
-            [expected_answer(rows[number]) for number in numbers],
-            labels,
+            [to_nfc(predictions[number]["prediction"]) for number in numbers],
+            [to_nfc(right_answer(rows[number])) for number in numbers],
+            {task: list(map(to_nfc, words)) for task, words in labels.items()},
         )
         table = format_scores(head["scores"])
         say(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.cli.console import fail, say
+from finetuning.preprocessing.rows import as_json
 
 
 class Predictions:
@@ -66,7 +67,7 @@ class Predictions:
         if self.file:
             self.file.close()
             complete = Path(self.output_file + ".complete")
-            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in answered]  # dates as text
+            lines = [as_json(row) + "\n" for row in answered]
             complete.write_text("".join(lines), encoding="utf-8")
             os.replace(complete, self.output_file)
             self.partial.unlink()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
+from unicodedata import normalize
 
 from finetuning.cli.console import say, warn
 from finetuning.preprocessing.files import EXAMPLE, DataError
@@ -349,13 +350,23 @@ def expected_answer(row: Row) -> str | None:
     return last["content"] if last["role"] == "assistant" else None
 
 
+def right_answer(row: Row) -> str | None:
+    """The expected answer, if it is one to compare with: a masked one may be wrong."""
+    return expected_answer(row) if "messages" not in row or is_learnt(row["messages"][-1]) else None
+
+
 def is_learnt(message: Row) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def as_label(answer: str | None) -> str | None:
-    """An answer that may be a label word; None for one that is empty, long or has several lines."""
-    return answer if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
+    """An answer that may be a label word, in NFC; None for one that is empty, long or has several lines."""
+    return to_nfc(answer) if answer and len(answer) <= LONGEST_LABEL and "\n" not in answer else None
+
+
+def to_nfc(text: str) -> str:
+    """The text in composed Unicode, as Qwen's tokenizer makes it: a model can give no other answer."""
+    return normalize("NFC", text)
 
 
 def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool) -> dict[str, Any]:
@@ -365,7 +376,7 @@ def to_record(location: str, row: Row, ignored: list[str], drop_reasoning: bool)
     answers += [answer for _, answer in row.get("history") or ()]
     counts = {"has_reasoning": any("reasoning_content" in part for part in learnt)}
     counts |= {"is_empty": not all(map(str.strip, answers)), "task": task_of(row), "ignored": as_json(ignored)}
-    counts |= {"label": as_label(expected_answer(row)) if "output" in row or is_learnt(row["messages"][-1]) else None}
+    counts |= {"label": as_label(right_answer(row))}
     return {"location": location, "row": as_json(without_reasoning(row) if drop_reasoning else row)} | counts
 
 

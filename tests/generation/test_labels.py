@@ -20,7 +20,7 @@ def test_any_word_can_be_a_label() -> None:
     assert parse_labels('["a, b", "[c]", "\\"d\\""]') == ("a, b", "[c]", '"d"')
 
 
-@pytest.mark.parametrize("text", ['["a"', '["a", 1]', "a", "a,,b", "a,a ", '["a", "a "]', "[]"])
+@pytest.mark.parametrize("text", ['["a"', '["a", 1]', "a", "a,,b", "a,a ", '["a", "a "]', "[]", "\u00e9,e\u0301"])
 def test_labels_that_cannot_be_read(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_labels(text)

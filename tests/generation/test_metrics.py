@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unicodedata import normalize
 from unittest.mock import Mock
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from finetuning.generation import metrics
+from finetuning.generation.answer_page import judge
 from finetuning.generation.metrics import format_scores, format_table, report, score
 
 ENGLISH = (
@@ -96,6 +98,26 @@ def test_few_rows_are_scored_with_the_label_words_of_training() -> None:
     scores = score(rows, ["good", "odd"], ["good", "bad"], labels)["mood"]
     assert scores["accuracy"] == 50 and scores["labels"] == labels["mood"] and "bleu" not in scores
     assert "bleu" in score(rows, ["good", "odd"], ["good", "terrible"], labels)["mood"]
+
+
+def test_answers_in_decomposed_unicode(tmp_path: Path) -> None:
+    """Trap 89: Qwen's tokenizer composes, so no answer can equal a reference that macOS has written."""
+    words = ["tích cực", "tiêu cực"] * 3
+    rows = [{"instruction": "a", "output": normalize("NFD", word)} for word in words]
+    predictions = [{"prediction": word} for word in words]
+    for labels in ({}, {"rows": [normalize("NFD", word) for word in words[:2]]}):
+        metrics.report(rows, predictions, labels, tmp_path / "a.json")
+        scores = json.loads((tmp_path / "a.json").read_text())["scores"]["rows"]
+        assert scores["exact_match"] == 100 and scores["labels"] == words[:2] and len(scores["confusion_matrix"]) == 2
+    assert judge(rows[0], predictions[0]) == "right"
+
+
+def test_masked_answers_are_not_compared(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "BAD", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "a"}, answer]}, {"instruction": "a", "output": "b"}]
+    metrics.report(rows, [{"prediction": "c"}, {"prediction": "b"}], {}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["scores"]["rows"]["rows"] == 1
+    assert judge(rows[0], {"prediction": "c"}) == "open"
 
 
 LABELS = {
