@@ -267,7 +267,7 @@ def test_rows_held_out_are_evaluated_on_and_not_trained_on(
     collate, answer = FlattenCollator.__call__, evaluate.answer_rows
 
     def look(self: FlattenCollator, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        trained.update(row["row_number"] for row in rows)
+        trained.update(row["row_number"] for row in rows if "row_number" in row)  # others count memory
         return collate(self, rows)
 
     monkeypatch.setattr(FlattenCollator, "__call__", look)
