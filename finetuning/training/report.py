@@ -117,7 +117,7 @@ def describe_run(
         "speed": {
             "seconds": seconds,
             "step_seconds": step_seconds,
-            "tokens_per_second": tokens / step_seconds,
+            "tokens_per_second": tokens / (step_seconds or 1),  # a run that is resumed at its end takes no step
             "peak_memory_gib": peak_reserved(device) / GIB,
         },
         "history": merge_log(state.log_history),
