@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-for folder in ("tests/preprocessing", "tests/adapter", "tests", ""):
+for folder in ("tests/preprocessing", "tests/model", "tests", ""):
     sys.path.insert(0, str(REPOSITORY / folder))
 os.environ["HF_HUB_OFFLINE"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 
