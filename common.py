@@ -216,10 +216,11 @@ def train_and_save(
     resumed_at = saved_step(checkpoint)
     start = adapter_state(model)
 
-    signals, checkpoints = StopOnSignal(), CheckpointWriter(files, args.save_total_limit)
+    signals = StopOnSignal()
+    callbacks = (signals, CheckpointWriter(files, args.save_total_limit))
     eval_dataset = eval_data.dataset if eval_data else None
     pad_id = pad_token_id(tokenizer)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, (signals, checkpoints))
+    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, callbacks)
     lengths = row_lengths(train_data.dataset)
     log = ProgressLog(sum(lengths) / len(lengths))
     remedies = list(memory_flags(args, max(lengths)).values())

@@ -40,6 +40,7 @@ def train_one_step(model: torch.nn.Module, folder: Path) -> Trainer:
     args.remove_unused_columns, args.prediction_loss_only = False, True
     args.per_device_train_batch_size = args.per_device_eval_batch_size = len(make_rows())
     trainer = make_trainer(model, 0, args, make_rows(), make_rows())
+    assert trainer.args is args
     trainer.train()
     trainer.evaluate()
     return trainer
