@@ -1,13 +1,8 @@
-"""memory.py: what a step needs, worked out by hand; and compared with what steps took on this machine."""
-
-import json
-import os
-import subprocess
-import sys
+"""memory.py: what a step needs, worked out by hand. `tests/peaks.py` compares it with what steps take on a machine."""
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from support import REPOSITORY, make_model
+from support import make_model
 
 from finetuning.training import memory
 from finetuning.training.memory import NF4, Size, compute_step, measure_size
@@ -43,27 +38,3 @@ def test_the_adapter_is_not_among_the_weights() -> None:
     assert size == Size(2, matrices + 32 + 16 + 16 + 2 * 32, matrices, 32 * 64, 32, 264, tied=False, width=4)
     saved = compute_step(size, 0, 0, 0).weights - compute_step(size, 0, 0, 0, in_4bit=True).weights
     assert saved == pytest.approx(2 * matrices * (4 - NF4))
-
-
-SHAPES = [  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tokens
-    (512, 1536, 6, 8, 2, 16_000, 512),
-    (384, 1024, 12, 6, 6, 8_000, 700),
-    (768, 2048, 3, 12, 4, 24_000, 600),
-]
-
-
-@pytest.mark.slow
-def test_what_is_computed_is_what_is_measured() -> None:
-    """Three shapes, both methods, with and without checkpointing: within 15% of the peak that a model and a step add.
-
-    In a process whose memory goes back to the system at once: otherwise the C library keeps up to a third more.
-    """
-    command = [sys.executable, "tests/peaks.py", json.dumps(SHAPES)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, encoding="utf-8", check=True, env=environment
-    )
-    peaks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(peaks) == len(SHAPES) * 2 * 2
-    for peak in peaks:
-        assert peak["computed"] == pytest.approx(peak["measured"], rel=0.15), peak
