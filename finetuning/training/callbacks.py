@@ -53,9 +53,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.caught = number
         if is_main_process():
-            with suppress(
-                OSError
-            ):  # not printed: a signal may come in the middle of a print, and streams refuse another
+            # not printed: a signal may come in the middle of a print, and streams refuse another
+            with suppress(OSError):
                 os.write(2, b"\nstopping after this step, with a checkpoint (once more: stop at once)\n")
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
