@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant('finetuning/preprocessing/dataset.py', '                    shutil.rmtree(entry, ignore_errors=True)\n                    raise\n', '                    raise\n', 'test_dataset full_disk or at_once'),
     Mutant('finetuning/preprocessing/dataset.py', '            path.touch()  # the time of its last use\n', '', 'test_dataset size_limit'),
     Mutant('finetuning/preprocessing/dataset.py', '        for future in pending:\n', '        for future in ():\n', 'test_dataset same_tokens'),
-    Mutant('finetuning/preprocessing/dataset.py', '            number += len(batch)\n', '', 'test_dataset same_tokens'),
+    Mutant('finetuning/preprocessing/dataset.py', '                number += len(batch)\n', '', 'test_dataset same_tokens'),
     Mutant('finetuning/preprocessing/encode.py', 'ids if supervised else [IGNORE_INDEX] * len(ids)', 'ids', 'test_encode'),
     Mutant('finetuning/preprocessing/summary.py', 'truncated, cut - truncated, masked)', 'truncated, 0, masked)', 'test_dataset counts'),
     Mutant('finetuning/preprocessing/summary.py', 'pa.array(range(2, MOST_ANSWERS), pa.int64())', 'pa.array(range(3, MOST_ANSWERS), pa.int64())', 'test_dataset odd or labels'),
