@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,36 +26,21 @@ from finetuning.cli.memory import memory_advice
 from finetuning.distributed import shards_weights
 from finetuning.generation.evaluate import evaluate
 from finetuning.generation.labels import labels_of_tasks, warn_about_labels
-from finetuning.model.base_model import (
-    check_loaded_weights,
-    check_model_path,
-    explain_loading_error,
-    four_bit_flag,
-    loading_report,
-    quantization_options,
-)
+from finetuning.model import base_model
 from finetuning.model.fingerprint import quantization
-from finetuning.model.folder import adapter_state, choose_thinking, describe_adapter, save_adapter
+from finetuning.model.folder import adapter_state, choose_thinking, describe_adapter, save_adapter, use_trained_format
 from finetuning.model.hub import create_repository, upload
 from finetuning.preprocessing.dataset import Data, load_training_data
 from finetuning.preprocessing.encode import encode, pad_token_id, to_messages
 from finetuning.preprocessing.files import DataError
 from finetuning.preprocessing.templates import set_prompt_format
+from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
-from finetuning.training.checkpoints import (
-    CheckpointWriter,
-    check_output_dir,
-    clear_output_dir,
-    find_resume_checkpoint,
-    remove_checkpoints,
-    run_settings,
-    saved_step,
-)
 from finetuning.training.collators import row_lengths
 from finetuning.training.dry_run import Rehearsal, print_plan
 from finetuning.training.flags import Arguments, memory_flags
 from finetuning.training.progress import ProgressLog
-from finetuning.training.report import describe_run, print_first_row, print_run, write_report
+from finetuning.training.report import describe_run, print_first_row, print_run, warn_about_positions, write_report
 from finetuning.training.trainer import make_trainer, prepare_adapter
 
 
@@ -65,7 +49,7 @@ def start_run(args: Arguments) -> None:
     only_looks = args.run.dry_run or args.data.show_rows
     allowed = only_looks or args.run.overwrite_output_dir or args.training.resume_from_checkpoint
     if args.training.should_save:
-        check_output_dir(args.training.output_dir, allowed=bool(allowed))
+        checkpoints.check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
     training = args.training
     if args.push_to_hub and training.should_save and not only_looks:
@@ -78,14 +62,23 @@ def start_run(args: Arguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(model_args: ModelArguments, format_name: str) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer, with the chat template of the format `auto`, `chat` or `plain`."""
-    check_model_path(model_args.model_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        fail(f"--model_path '{model_args.model_path}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
-    set_prompt_format(tokenizer, format_name)
+def load_tokenizer(
+    model_args: ModelArguments, format_name: str | None, adapter_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, or that of an adapter which has its own, with the chat template of a format.
+
+    Args:
+        format_name: `auto`, `chat` or `plain`; None: as the adapter was trained or, if nothing says how, `auto`.
+    """
+    base_model.check_model_path(model_args.model_path)
+    tokenizer = base_model.read_tokenizer(model_args.model_path, model_args.trust_remote_code)
+    if adapter_path and base_model.has_tokenizer(Path(adapter_path)):
+        template = tokenizer.chat_template
+        tokenizer = base_model.read_tokenizer(adapter_path, model_args.trust_remote_code)
+        tokenizer.chat_template = tokenizer.chat_template or template
+    set_prompt_format(tokenizer, format_name or "auto")
+    if adapter_path and not format_name:
+        use_trained_format(tokenizer, adapter_path)
     return tokenizer
 
 
@@ -100,15 +93,15 @@ def load_model(
         sharded: whether FSDP or ZeRO-3 divides the weights over several GPUs later. Then they go into main memory, as
             none of the GPUs may have room for all; but 4-bit weights, a quarter of the size, are made on each GPU.
     """
-    check_model_path(model_args.model_path)
+    base_model.check_model_path(model_args.model_path)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
     try:
         config = AutoConfig.from_pretrained(model_args.model_path, trust_remote_code=model_args.trust_remote_code)
-        remedies = four_bit_flag(config, model_args.load_in_4bit)
-        quantized = quantization_options(config, model_args.load_in_4bit, dtype, sharded)
+        remedies = base_model.four_bit_flag(config, model_args.load_in_4bit)
+        quantized = base_model.quantization_options(config, model_args.load_in_4bit, dtype, sharded)
         if quantized and sharded:
             disable_fsdp_ram_efficient_loading()  # accelerate cannot hand 4-bit weights out
-        with memory_advice(device, remedies, "while loading the model"), loading_report():
+        with memory_advice(device, remedies, "while loading the model"), base_model.loading_report():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 model_args.model_path,
                 dtype=dtype,
@@ -120,8 +113,9 @@ def load_model(
                 **quantized,
             )
     except (OSError, ValueError, ImportError) as error:
-        fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {explain_loading_error(error)}")
-    check_loaded_weights(model_args.model_path, config, model, loading_info)
+        reason = base_model.explain_loading_error(error)
+        fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {reason}")
+    base_model.check_loaded_weights(model_args.model_path, config, model, loading_info)
     if Path(model_args.model_path).is_dir():  # an adapter names its base model, from whichever folder it is used
         model.name_or_path = str(Path(model_args.model_path).resolve())
     if not quantization(model):
@@ -183,6 +177,7 @@ def train(
     prepare_adapter(model)
     choose_thinking(tokenizer, train_data.summary, args.data.thinking)
     warn_about_labels(train_data.summary)
+    warn_about_positions(train_data.dataset, model.config.get_text_config())
     print_first_row(train_data.dataset, tokenizer)
     if args.run.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
@@ -207,23 +202,21 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir, labels = args.training.output_dir, labels_of_tasks(train_data.summary)
-    files = describe_adapter(model, tokenizer, train_data.summary, labels, run_settings(args))
+    files = describe_adapter(model, tokenizer, train_data.summary, labels, checkpoints.run_settings(args))
     checkpoint = None
     if args.training.should_save:
-        checkpoint = find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
-        clear_output_dir(output_dir, args.run.overwrite_output_dir, saved_step(checkpoint))
+        checkpoint = checkpoints.find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
+        checkpoints.clear_output_dir(output_dir, args.run.overwrite_output_dir, checkpoints.saved_step(checkpoint))
     (checkpoint,) = broadcast_object_list([checkpoint])
-    resumed_at = saved_step(checkpoint)
+    resumed_at = checkpoints.saved_step(checkpoint)
     start = adapter_state(model)
 
-    signals = StopOnSignal()
-    callbacks = (signals, CheckpointWriter(files, args.save_total_limit))
-    eval_dataset = eval_data.dataset if eval_data else None
-    pad_id = pad_token_id(tokenizer)
-    trainer = make_trainer(model, pad_id, args.training, train_data.dataset, eval_dataset, callbacks)
     lengths = row_lengths(train_data.dataset)
-    log = ProgressLog(sum(lengths) / len(lengths))
     remedies = list(memory_flags(args, max(lengths)).values())
+    signals, log = StopOnSignal(), ProgressLog(sum(lengths) / len(lengths))
+    callbacks = (signals, checkpoints.CheckpointWriter(files, args.save_total_limit))
+    datasets = train_data.dataset, eval_data.dataset if eval_data else None
+    trainer = make_trainer(model, pad_token_id(tokenizer), args.training, *datasets, callbacks)
     trainer.add_callback(Rehearsal(trainer, remedies))  # before the first step
     trainer.add_callback(log)
     with memory_advice(args.training.device, remedies):
@@ -235,8 +228,8 @@ def train_and_save(
     if args.training.should_save:
         save_adapter(model, state, output_dir, start, files)
         if not args.run.keep_checkpoints:
-            remove_checkpoints(output_dir)
-    seconds = result.metrics["train_runtime"]
-    run = describe_run(trainer, seconds, log.seconds, resumed_at, train_data.summary, args)
+            checkpoints.remove_checkpoints(output_dir)
+    seconds = result.metrics["train_runtime"], log.seconds
+    run = describe_run(trainer, *seconds, resumed_at, train_data.summary, args)
     print_run(run, output_dir)
     return run

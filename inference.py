@@ -38,9 +38,9 @@ from finetuning.generation.labels import choose_labels
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.model.base_model import check_model_path, checkpoint_dtype
-from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, load_adapter, read_adapter, use_trained_format
+from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, load_adapter, read_adapter
 from finetuning.preprocessing.files import find_files, hash_files
-from finetuning.preprocessing.flags import FieldArguments
+from finetuning.preprocessing.flags import FORMATS, FieldArguments
 from finetuning.preprocessing.rows import Row, as_json, task_of
 from finetuning.preprocessing.templates import is_thinking
 
@@ -54,6 +54,9 @@ class InferenceArguments(FieldArguments):
 
     adapter_path: str | None = flag(
         None, f"folder of a saved adapter; left out: {DEFAULT_ADAPTER} if it exists, or, with --model_path, no adapter"
+    )
+    prompt_format: str | None = flag(
+        None, "chat, plain or auto, as in training; left out: as the adapter was trained", choices=list(FORMATS)
     )
     instruction: str | None = flag(None, "one instruction to answer")
     input: str = flag("", "the text that the instruction is about")
@@ -151,7 +154,7 @@ def inference_dtype(device_type: str, stored: str | None, trained: str | None, h
 
 
 def load_for_inference(
-    model_args: ModelArguments, adapter_path: str | None
+    model_args: ModelArguments, adapter_path: str | None, format_name: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """Load the base model with the adapter as it was trained; `model_args` overrides what the adapter says. The third
     part of the result is the contents of adapter_info.json."""
@@ -161,9 +164,7 @@ def load_for_inference(
         check_model_path(model_args.model_path, f"the base model of '{adapter_path}'" if config else "--model_path")
     if model_args.load_in_4bit is None:
         model_args.load_in_4bit = info.get("quantization") is not None
-    tokenizer = load_tokenizer(model_args, info.get("prompt_format", "auto"))
-    if adapter_path:
-        use_trained_format(tokenizer, adapter_path)
+    tokenizer = load_tokenizer(model_args, format_name, adapter_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     trained = info["base_fingerprint"]["dtype"] if info else None
@@ -185,8 +186,9 @@ def memory_flags(model_args: ModelArguments, args: InferenceArguments, max_new_t
 def describe_settings(model_args: ModelArguments, args: InferenceArguments) -> dict[str, Any]:
     """Everything that the predictions for a data file depend on."""
     names = ("tasks", "labels", "max_new_tokens", "do_sample", "temperature", "top_p", "repetition_penalty", "seed")
-    settings = {"model_path": model_args.model_path, "load_in_4bit": model_args.load_in_4bit}
+    settings = {name: getattr(model_args, name) for name in ("model_path", "load_in_4bit")}
     settings |= {"data_sha256": hash_files(find_files(args.rows_path)), "fields": args.rename}
+    settings |= {"prompt_format": args.prompt_format}
     settings |= {name: getattr(args, name) for name in names}
     if args.adapter_path:
         settings["adapter_sha256"] = hashlib.sha256(Path(args.adapter_path, WEIGHTS).read_bytes()).hexdigest()
@@ -217,7 +219,7 @@ def print_answers(
 def main() -> None:
     model_args, args = parse_inference_arguments(__doc__)
     rows = read_questions(args)
-    model, tokenizer, info = load_for_inference(model_args, args.adapter_path)
+    model, tokenizer, info = load_for_inference(model_args, args.adapter_path, args.prompt_format)
     labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None
     if labels and info.get("thinking") and not is_thinking(tokenizer):
         fail("--labels: this adapter writes a thought as the beginning of its answer; leave the flag out")

@@ -22,9 +22,10 @@ from finetuning.merging.merge import check_can_merge, export_adapter, write_merg
 from finetuning.merging.serving import choose_plain_start, find_converter, make_modelfile, write_gguf
 from finetuning.merging.verification import answer_alone, compare, load_served
 from finetuning.model.base_model import check_model_path
-from finetuning.model.folder import load_adapter, read_adapter, use_trained_format
+from finetuning.model.folder import load_adapter, read_adapter
 from finetuning.model.hub import create_repository, upload
 from finetuning.preprocessing.encode import tokenize
+from finetuning.preprocessing.flags import FORMATS
 
 
 @dataclass
@@ -36,6 +37,9 @@ class MergeArguments:
     model_path: str | None = flag(None, "the base model in 16 or 32 bits; left out: the one that the adapter names")
     dtype: str | None = flag(
         None, "of the weights; left out: as in the base model", choices=["float32", "float16", "bfloat16"]
+    )
+    prompt_format: str | None = flag(
+        None, "chat, plain or auto, as in training; left out: as the adapter was trained", choices=list(FORMATS)
     )
     keep_sampling: bool = flag(False, "the result samples its answers as the base model does; otherwise it is greedy")
     check_data_path: str = flag(beside_scripts("data/test.json"), "rows to compare the result on")
@@ -76,8 +80,9 @@ def main() -> None:
     rows = rows[:: max(1, len(rows) // args.check_rows)][: args.check_rows]
     repository = create_repository(args.hub_model_id, args.output_dir) if args.push_to_hub else None
 
-    tokenizer = load_tokenizer(ModelArguments(path, False, args.trust_remote_code), info.get("prompt_format", "auto"))
-    use_trained_format(tokenizer, args.adapter_path)
+    tokenizer = load_tokenizer(
+        ModelArguments(path, False, args.trust_remote_code), args.prompt_format, args.adapter_path
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = dtype if device.type == "cuda" else torch.float32
 

@@ -21,11 +21,12 @@ from support import CHATML, IM_END, REPOSITORY, THINKERS, Force, Run, make_model
 
 import inference
 import train_lora
-from common import load_model
+from common import load_model, load_tokenizer
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
+from finetuning.generation.generate import encode_question
 from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints
-from finetuning.model.folder import load_adapter
+from finetuning.model.folder import WEIGHTS, load_adapter, read_adapter
 
 
 def train(monkeypatch: pytest.MonkeyPatch, model_path: str, rows_path: str, out: Path, *flags: object) -> str:
@@ -135,11 +136,13 @@ def test_a_bare_model_on_a_gpu(
 
 
 def test_other_bases_are_refused(run: Run, adapter_path: str, tmp_path: Path) -> None:
-    """Trap 10: all of these load in PEFT without a word."""
+    """Traps 10 and 94: all of these load in PEFT without a word; the last two have the same weights."""
     others = {
         "other weights": make_model(seed=1),
         "model_type": make_model("qwen3", attention_bias=True),
         "num_hidden_layers is 3, and was 2": make_model(num_hidden_layers=3),
+        "rope_parameters is {'rope_theta': 500.0": make_model(rope_parameters={"rope_theta": 500.0}),
+        "rms_norm_eps is 0.001, and was 1e-06": make_model(rms_norm_eps=1e-3),
     }
     for number, (words, model) in enumerate(others.items()):
         path = save_checkpoint(tmp_path / str(number), make_tokenizer(), model)
@@ -151,6 +154,19 @@ def test_other_bases_are_refused(run: Run, adapter_path: str, tmp_path: Path) ->
     assert "other weights" in run(
         "--adapter_path", adapter_path, "--model_path", path, "--instruction", "a", expected=2
     )
+
+
+def test_a_base_that_computes_the_same_is_accepted() -> None:
+    """Another context length or use of the cache; another version of transformers; an adapter of before."""
+    model = make_model()
+    saved = base_fingerprint(model)
+    for name, value in {"max_position_embeddings": 4096, "use_cache": False, "initializer_range": 1.0}.items():
+        setattr(model.config, name, value)
+    assert compare_fingerprints(saved, base_fingerprint(model)) is None
+    assert compare_fingerprints(saved | {"config": saved["config"] | {"a_new_field": 1}}, saved) is None
+    older = {name: value for name, value in saved.items() if name != "config"}  # it knows a few sizes
+    assert compare_fingerprints(older | {"sizes": {"hidden_size": 32, "vocab_size": 264}}, saved) is None
+    assert compare_fingerprints(older | {"sizes": {"hidden_size": 64}}, saved) == "hidden_size is 32, and was 64"
 
 
 def test_same_base_in_another_dtype_is_accepted() -> None:
@@ -264,6 +280,63 @@ def test_adapter_with_nan_or_of_another_shape(run: Run, adapter_path: str, tmp_p
     assert "does not fit" in message and "size mismatch" in message
     (folder / "adapter_model.safetensors").write_bytes(b"junk")
     assert "adapter_model.safetensors" in run("--adapter_path", folder, "--instruction", "a", expected=2)
+
+
+def foreign_adapter(adapter_path: str, folder: Path) -> Path:
+    """The adapter as other tools save it, without our files."""
+    copy_adapter(adapter_path, folder)
+    for name in ("adapter_info.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    return folder
+
+
+def read_prompt(base_path: str, adapter: Path, format_name: str | None = None) -> str:
+    tokenizer = load_tokenizer(ModelArguments(base_path), format_name, str(adapter))
+    return tokenizer.decode(encode_question({"instruction": "Say sun"}, tokenizer))
+
+
+def test_the_template_of_another_tool(adapter_path: str, base_path: str, tmp_path: Path) -> None:
+    """Trap 91: trained in ChatML on a base model; transformers 4 saves the template in tokenizer_config.json."""
+    bare = foreign_adapter(adapter_path, tmp_path / "bare")
+    in_config = foreign_adapter(adapter_path, tmp_path / "in_config")
+    (in_config / "tokenizer_config.json").write_text(json.dumps({"chat_template": THINKERS["switch"]}))
+    as_file = foreign_adapter(adapter_path, tmp_path / "as_file")
+    (as_file / "chat_template.jinja").write_text(THINKERS["switch"])
+    trained = "<|im_start|>user\nSay sun<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert read_prompt(base_path, in_config) == read_prompt(base_path, as_file) == trained
+    assert read_prompt(base_path, bare) == "Instruction: Say sun"
+    chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSay sun<|im_end|>\n<|im_start|>assistant\n"
+    assert read_prompt(base_path, bare, "chat") == read_prompt(base_path, in_config, "chat") == chat
+    assert read_prompt(base_path, in_config, "plain") == "Instruction: Say sun"
+
+
+def test_the_tokenizer_of_another_tool(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:
+    """Trap 90: with a token of its own, in a spare row of the vocabulary, and with or without a template."""
+    folder = foreign_adapter(adapter_path, tmp_path / "adapter")
+    tokenizer = make_tokenizer(chat_template=THINKERS["switch"])
+    tokenizer.add_tokens(["<happy>"])
+    for template, start in ((THINKERS["switch"], "<|im_start|>user"), (None, "Instruction: ")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        loaded = load_tokenizer(ModelArguments(base_path), None, str(folder))
+        prompt = encode_question({"instruction": "Say <happy>"}, loaded)
+        assert 260 in prompt and loaded.decode(prompt).startswith(start)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert 260 not in encode_question({"instruction": "Say <happy>"}, load_tokenizer(ModelArguments(base_path), "auto"))
+    flags = ["--adapter_path", folder, "--model_path", base_path, "--instruction", "Say <happy>"]
+    assert run(*flags) and run(*flags, "--prompt_format", "chat")
+    (folder / "tokenizer.json").write_text("{")
+    assert f"'{folder}'" in run(*flags, expected=2)
+
+
+def test_an_adapter_that_changes_nothing(adapter_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 95: sharded training that was saved wrongly leaves B at 0."""
+    state = load_file(Path(adapter_path, WEIGHTS))
+    for name, words in (("lora_B", "changes nothing"), ("lora_A", ""), ("none", "")):
+        folder = copy_adapter(adapter_path, tmp_path / name)
+        save_file({key: tensor * (name not in key) for key, tensor in state.items()}, folder / WEIGHTS)
+        read_adapter(str(folder))
+        assert (words in capsys.readouterr().err) if words else not capsys.readouterr().err
 
 
 BAD_FLAGS = {

@@ -346,6 +346,19 @@ def test_on_top_of_a_merged_checkpoint(merge: Run, run_main: Run, rows_path: str
     assert "already holds a soft prompt" in message and not (tmp_path / "two.unverified").exists()
 
 
+def test_the_tokenizer_of_an_adapter(merge: Run, tmp_path: Path) -> None:
+    """Trap 90: it becomes that of the result."""
+    base = save_base(tmp_path / "base", "qwen2")
+    save_random_adapter(base, tmp_path / "adapter", "lora", target_modules=["q_proj", "v_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<happy>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_info.json").unlink()
+    assert read_difference(merge("--prompt_format", "chat")) <= 1e-3
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged("<happy>").input_ids == [260] and prompt_format(merged) == "chat"
+
+
 # ---- adapters for engines that load them
 
 
@@ -475,6 +488,9 @@ def test_mistakes(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     name = next(iter(weights))
     save_file(weights | {name: weights[name][:, :4].contiguous()}, tmp_path / "adapter/adapter_model.safetensors")
     assert "does not fit this base model" in refused()
+    empty = {key: weight * ("lora_B" not in key) for key, weight in weights.items()}
+    save_file(empty, tmp_path / "adapter/adapter_model.safetensors")
+    assert "changes nothing" in refused() and "changes nothing" in refused("--export", "peft")
     huge = {key: weight * (1e6 if "layers.1" in key else 1) for key, weight in weights.items()}
     save_file(huge, tmp_path / "adapter/adapter_model.safetensors")
     assert "too large for float16; try --dtype bfloat16" in refused("--dtype", "float16")

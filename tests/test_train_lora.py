@@ -345,7 +345,7 @@ def test_padded_vocabulary_keeps_its_size(run: Run, flags: list[str], tmp_path: 
     path = save_checkpoint(tmp_path / "padded", make_tokenizer(), make_model(vocab_size=300))
     run(*flags, "--model_path", path)
     info = json.loads((tmp_path / "out/adapter_info.json").read_text(encoding="utf-8"))
-    assert info["base_fingerprint"]["sizes"]["vocab_size"] == 300
+    assert info["base_fingerprint"]["config"]["vocab_size"] == 300
 
 
 def test_evaluation_rows_without_an_answer(run: Run, flags: list[str], tmp_path: Path) -> None:

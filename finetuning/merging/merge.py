@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -27,6 +28,8 @@ from finetuning.merging.checkpoint_copy import (
     write_weights,
 )
 from finetuning.merging.serving import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
+from finetuning.model.base_model import has_tokenizer
+from finetuning.model.folder import NO_EFFECT, changes_nothing
 from finetuning.model.multimodal import (
     MULTIMODAL_PREFIX,
     PREFIX,
@@ -46,6 +49,8 @@ VOCABULARY_MULTIPLE = 64  # the rows of an embedding; GPUs are slow at other siz
 
 def check_can_merge(adapter_path: str, config: dict[str, Any], export: str) -> None:
     """Refuse an adapter that cannot be written into the base model's tensors, or exported as an adapter."""
+    if changes_nothing(load_file(Path(adapter_path, WEIGHTS))):
+        fail(f"'{adapter_path}' {NO_EFFECT}")
     found = [name for name in NOT_MERGED if config.get(name)]
     if found and export == "checkpoint":
         fail(f"'{adapter_path}' has {', '.join(found)}, which cannot be merged; ask it with inference.py")
@@ -74,7 +79,7 @@ def write_merged(
 
     Args:
         model: base and adapter; merged afterwards.
-        tokenizer: that of the base, with the trained chat template.
+        tokenizer: that of the base or of the adapter, with the trained chat template.
         plain_start: what a prompt in the plain format ends with, from `choose_plain_start`.
         dtype: of the weights; None leaves each as it is.
         sampling: whether answers are sampled as the base model's are, or greedy.
@@ -98,6 +103,8 @@ def write_merged(
     tied = model.get_base_model().config.get_text_config().tie_word_embeddings
     untied = tied and bool({base.embedding, HEAD} & changes.keys())
     copy_other_files(base, output)
+    if has_tokenizer(Path(adapter_path)):
+        tokenizer.save_pretrained(output)
     write_weights(base, output, changes, untied, dtype)
     write_config(base, output, untied, rows, dtype)
     write_generation_config(output, stop_token_ids(tokenizer), pad_token_id(tokenizer), sampling)

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Params4bit
 from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from finetuning.cli.console import fail, first_line, say, warn
@@ -38,6 +45,10 @@ def check_model_path(model_path: str, source: str = "--model_path") -> None:
         fail(f"{source}, '{model_path}', does not exist; name the folder of a Qwen with --model_path, or a hub name")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def find_problem(folder: Path) -> str | None:
     """Why a folder is not a checkpoint that can be loaded, and the remedy; None if nothing is wrong."""
     if not (folder / "config.json").is_file():
@@ -46,7 +57,7 @@ def find_problem(folder: Path) -> str | None:
                 "is an adapter, not a base model; name its base model here (inference.py --adapter_path takes adapters)"
             )
         return "has no config.json: it is not a checkpoint that transformers can load"
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return f"has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); download those files too"
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
@@ -123,6 +134,14 @@ def explain_loading_error(error: Exception) -> str:
     if "Unrecognized configuration class" in message:
         return "it is not a language model (a vision or audio model?); name a text model, such as Qwen3"
     return first_line(error)
+
+
+def read_tokenizer(folder: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model or of an adapter, in a folder or on the hub."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        fail(f"'{folder}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
 
 
 @contextmanager

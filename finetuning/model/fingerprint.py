@@ -1,28 +1,34 @@
 """The fingerprint of a base model: an adapter only works on the base model that it was trained on."""
 
+import json
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from finetuning.distributed import gathered, whole_shape
 
-SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIZES += ("intermediate_size", "vocab_size")
+# Fields of a configuration that do not change what a model computes from given tokens, or that its weights show. All
+# others are compared, such as the rotation.
+NOT_COMPARED = {*PreTrainedConfig().to_dict(), "quantization_config", "use_cache", "tie_word_embeddings"}
+NOT_COMPARED |= {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+NOT_COMPARED |= {"attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"}
+NOT_COMPARED -= {"model_type"}
 # Two matrices are the same if their samples point the same way: 4-bit weights reach 0.99, unrelated ones rarely 0.5.
 SAME_MATRIX = 0.9
 
 
 def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """The sizes of a base model, a sample of the weights that no quantisation changes, and one of each kind of matrix.
+    """The configuration of a base model, a sample of the weights that no quantisation changes, and one of each kind of
+    matrix.
 
     The samples hold values, not a hash, because the same checkpoint may be loaded in float16, in float32 or in 4 bits.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = base.config.get_text_config()
+    config = json.loads(json.dumps(base.config.get_text_config().to_dict(), default=str))  # as it is read again
     embedding = base.get_input_embeddings().weight
     parameters = {name: parameter for name, parameter in base.named_parameters() if "lora_" not in name}
     # norms and biases, which also differ between a base model and its instruct version
@@ -35,7 +41,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     }
     with gathered([embedding, *vectors, *matrices.values()]):
         return {
-            "sizes": {name: getattr(config, name, None) for name in SIZES},
+            "config": {name: value for name, value in config.items() if name not in NOT_COMPARED},
             "dtype": str(embedding.dtype).removeprefix("torch."),
             "weights": write([*sample(embedding), *sample(torch.cat([p.detach().float().cpu() for p in vectors]))]),
             "matrices": {kind: write(sample(dequantized(matrix))) for kind, matrix in matrices.items()},
@@ -61,10 +67,14 @@ def sample(tensor: torch.Tensor, count: int = 64) -> list[float]:
 
 
 def compare_fingerprints(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """How a base model (`found`) differs from the one that an adapter was trained on (`saved`); None if it does not."""
-    for name, value in saved["sizes"].items():
-        if found["sizes"].get(name) != value:
-            return f"{name} is {found['sizes'].get(name)}, and was {value}"
+    """How a base model (`found`) differs from the one that an adapter was trained on (`saved`); None if it does not.
+
+    Compared are the fields of the configuration that both have: other versions of transformers have other ones, and
+    older adapters have `sizes`, a few of them.
+    """
+    for name, value in saved.get("config", saved.get("sizes", {})).items():
+        if found["config"].get(name, value) != value:
+            return f"{name} is {found['config'][name]}, and was {value}"
     # bfloat16 keeps 8 bits of a number; float16 holds nothing finer than 6e-8
     tolerance = 1e-6 if saved["dtype"] == found["dtype"] else 2**-8
     values, other = read(saved["weights"]), read(found["weights"])

@@ -10,6 +10,7 @@ training_report.json, loss.png, README.md         how it was made: the whole run
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -38,6 +39,7 @@ CONFUSION = "confusion.png"
 REPORT, CURVE, CARD = "training_report.json", "loss.png", "README.md"
 KINDS = ("LORA", "PROMPT_TUNING")
 NEEDED = ("base_model", "base_fingerprint", "quantization", "prompt_format", "stop_token_ids")  # of adapter_info.json
+NO_EFFECT = "changes nothing: all its B matrices are 0; it was not trained, or not saved as a whole"
 SCRATCH = ".saving"  # prefix of folders still being written
 RESUME = "Make room, and resume from the last checkpoint with:"
 
@@ -231,15 +233,27 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         fail(
             f"'{adapter_path}' holds NaN or infinite weights; train it again with --bf16 True or a lower learning rate"
         )
+    if changes_nothing(weights):
+        warn(f"'{adapter_path}' {NO_EFFECT}")
     if not info:
         warn(f"'{adapter_path}' was not saved by this project: prompt format and base model cannot be checked")
     return config, info
 
 
+def changes_nothing(weights: dict[str, torch.Tensor]) -> bool:
+    """Whether all that an adapter adds is 0: of LoRA the B matrices, and what else it holds beside its A matrices."""
+    return not any(tensor.any() for name, tensor in weights.items() if not re.search("lora_(embedding_)?A", name))
+
+
 def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) -> None:
-    """Give the base model's tokenizer the chat template that the adapter was trained with, if it has one."""
-    if Path(adapter_path, TEMPLATE).is_file():
-        tokenizer.chat_template = Path(adapter_path, TEMPLATE).read_text(encoding="utf-8")
+    """Give the tokenizer the chat template that the adapter was trained with, if it is saved: in a file of its own or,
+    as transformers 4 does it, in tokenizer_config.json."""
+    template, config = Path(adapter_path, TEMPLATE), Path(adapter_path, "tokenizer_config.json")
+    saved = template.read_text(encoding="utf-8") if template.is_file() else None
+    if saved is None and config.is_file():
+        saved = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    if saved:
+        tokenizer.chat_template = saved
         set_thinking(tokenizer, is_thinking(tokenizer))  # the template of an older adapter does not say it itself
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from finetuning.cli.arguments import beside_scripts, flag
 
+FORMATS = ("auto", "chat", "plain")
+
 
 @dataclass
 class FieldArguments:
@@ -43,7 +45,7 @@ class DataArguments(FieldArguments):
     prompt_format: str = flag(
         "auto",
         "chat: the model's own template; plain: Instruction, Input, Output; auto: chat for instruct models, else plain",
-        choices=["auto", "chat", "plain"],
+        choices=list(FORMATS),
     )
     thinking: str = flag(
         "auto",

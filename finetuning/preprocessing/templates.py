@@ -54,13 +54,14 @@ ANSWER, GUARD = "\ufdd1", "\ufdd0"
 def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Give the tokenizer the chat template of the format `auto`, `chat` or `plain`, without thinking.
 
-    A base Qwen has not been trained to end a turn with <|im_end|>, and LoRA on its attention cannot teach it
-    (Qwen3#1064), so `auto` follows the tokenizer's end token. The template of a merged checkpoint stays as it is.
+    A base Qwen, whose end token is <|endoftext|>, has not been trained to end a turn with <|im_end|>, and LoRA on its
+    attention cannot teach it (Qwen3#1064), so `auto` gives it the plain format, whatever template it brings. The
+    template of a merged checkpoint stays as it is.
     """
     if name == "auto" and isinstance(tokenizer.chat_template, str) and MERGED_MARK in tokenizer.chat_template:
         return
     if name == "auto":
-        name = "chat" if tokenizer.eos_token == "<|im_end|>" else "plain"
+        name = "chat" if tokenizer.chat_template and tokenizer.eos_token != "<|endoftext|>" else "plain"
     if name == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif not isinstance(tokenizer.chat_template, str):

@@ -19,7 +19,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 from peft import PeftType
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from finetuning.cli.console import attempt, describe_duration, fact, say, warn
 from finetuning.cli.memory import GIB, peak_reserved
@@ -48,6 +48,17 @@ HUB_NAMES = {"macro_f1": "f1", "bleu": "sacrebleu"}  # of scores (https://hf.co/
 def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     fact("format", f"{prompt_format(tokenizer)}; the first row:")
     say(mark_answers(dataset[0]["input_ids"], dataset[0]["labels"], tokenizer))
+
+
+def warn_about_positions(dataset: Dataset, config: PreTrainedConfig) -> None:
+    """Warn of examples that are longer than what the base model was made for, which YaRN multiplies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0))
+    limit = max(config.max_position_embeddings, stretched)
+    count = sum(length > limit for length in row_lengths(dataset))
+    if count:
+        advice = f"there it answers badly; shorten them: --max_length {limit}"
+        warn(f"{count:,} examples are longer than the {limit:,} tokens that the base model was made for: {advice}")
 
 
 def print_run(run: dict[str, Any], output_dir: str) -> None:

@@ -84,6 +84,10 @@ def test_chat_row() -> None:
 def test_auto_follows_the_end_token() -> None:
     """Trap 3: <|im_end|> is untrained in a base model, so base models learn to end on <|endoftext|>."""
     assert prompt_format(tokenizer_for("plain")) == "plain"
+    for template, name in ((CHATML, "chat"), (None, "plain")):  # trap 96: an end token of its own, as DeepSeek's
+        tokenizer = make_tokenizer("<|im_start|>", template)
+        set_prompt_format(tokenizer, "auto")
+        assert prompt_format(tokenizer) == name
     assert tokenizer_for("plain").chat_template == PLAIN_TEMPLATE
     assert prompt_format(tokenizer_for("chat")) == "chat"
     assert tokenizer_for("chat").chat_template == CHATML

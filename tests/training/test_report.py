@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import matplotlib
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from support import STEP, Run, StopAt, make_model, make_tokenizer, save_checkpoint
@@ -35,6 +36,16 @@ def run(run_main: Run) -> Run:
 
 def read_report(folder: Path) -> dict:
     return json.loads((folder / "training_report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_rows_beyond_the_positions(capsys: pytest.CaptureFixture[str]) -> None:
+    """Trap 98: counted. YaRN multiplies the positions, and its spelling in config.json leaves the first number."""
+    lengths = Dataset.from_dict({"length": [512, 513, 600]})
+    report.warn_about_positions(lengths, make_model().config)
+    assert "2 examples are longer than the 512 tokens" in capsys.readouterr().err
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    report.warn_about_positions(lengths, make_model(rope_parameters=yarn).config)
+    assert not capsys.readouterr().err
 
 
 def test_report_is_that_of_the_run(run: Run, flags: list[str], rows_path: str, tmp_path: Path) -> None:
