@@ -45,15 +45,15 @@ from finetuning.training.flags import Arguments
 
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
 NOT_COMPARED = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
-# How the flags begin that a resumed run may change: reports, length, evaluation, memory and precision. All others
-# must stay, also those of a later transformers. What came of data_path and prompt_format is compared instead of them.
+# How the flags begin that a resumed run may change: reports, evaluation, memory and where it runs. All others must
+# stay, also those of a later transformers. What came of data_path and prompt_format is compared instead of them.
 MAY_CHANGE = """
-output_dir resume_ num_train_epochs max_steps max_grad_norm bf16 fp16 tf32 use_ full_determinism activation_
-gradient_checkpointing torch_ liger_ auto_find_ log report_to run_name project trackio_ disable_tqdm include_ debug
-do_ skip_memory_ eval_st eval_delay eval_on_ eval_do_ eval_use_ eval_acc eval_data_path per_device_eval_
-prediction_loss_only batch_eval_ load_best_ metric_for_ greater_is_ save_ enable_jit_ restore_ push_ hub_ local_rank
-ddp_ fsdp deepspeed accelerator_ parallelism_ dataloader_num_ dataloader_p dataloader_m dataloader_in_
-remove_unused_ label_names length_ ignore_data_skip data_path prompt_format show_rows preprocessing_ token_cache_
+output_dir resume_ bf16_full_ fp16_full_ use_ full_determinism activation_ gradient_checkpointing torch_ liger_
+auto_find_ log report_to run_name project trackio_ disable_tqdm include_ debug do_ skip_memory_ eval_st eval_delay
+eval_on_ eval_do_ eval_use_ eval_acc eval_data_path per_device_eval_ prediction_loss_only batch_eval_ load_best_
+metric_for_ greater_is_ save_ enable_jit_ restore_ push_ hub_ local_rank ddp_ fsdp deepspeed accelerator_ parallelism_
+dataloader_num_ dataloader_p dataloader_m dataloader_in_ remove_unused_ label_names length_ data_path prompt_format
+show_rows preprocessing_ token_cache_
 """
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -1,5 +1,6 @@
 """Whatever ends a run, only the work since the last checkpoint is lost (traps 39 and 41)."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -12,15 +13,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from soak import SCRIPTS, soak
 from support import REPOSITORY, STEP, Run, equal_weights, make_model
+from transformers import TrainingArguments
 
 import train_lora
 from finetuning.model import folder
@@ -321,6 +324,8 @@ def test_every_part_of_a_checkpoint_is_known(tmp_path: Path) -> None:
         ("--weight_decay 0.5", "--weight_decay 0.0, not 0.5"),  # the saved optimizer would bring its own
         ("--adam_beta2 0.99", "--adam_beta2 0.999, not 0.99"),
         ("--lr_scheduler_type cosine", "--lr_scheduler_type linear, not cosine"),
+        ("--max_steps 8", "--max_steps 6, not 8"),  # the learning rate would jump
+        ("--max_grad_norm 0.5", "--max_grad_norm 1.0, not 0.5"),
         ("--eval_split 0.25", "--eval_split 0.0, not 0.25"),  # other rows to train on, of the same file
         ("--max_rows 8", "--max_rows None, not 8"),
         ("--seed 1 --optim sgd", "--optim adamw_torch_fused, not sgd; --seed 42, not 1"),
@@ -336,13 +341,49 @@ def test_other_settings_are_refused(
     assert words in message and "start anew with another --output_dir" in message
 
 
+def other_values(field: dataclasses.Field) -> list[Any]:
+    """Values of a field of TrainingArguments, by its type, that are not the ones of the run."""
+    types = {*get_args(field.type), field.type}
+    if bool in types:
+        return [not field.default]
+    if float in types:
+        return [0.5, 2.0]
+    if int in types:
+        return [1, 8]
+    enums = [kind for kind in types if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [member.value for kind in enums for member in kind]
+
+
+# What says where or how to run, and what is refused or read before a checkpoint is.
+NOT_TRIED = ("resume_from_checkpoint", "local_rank", "ddp_timeout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "field", [f for f in dataclasses.fields(TrainingArguments) if f.name not in NOT_TRIED], ids=lambda f: f.name
+)
+def test_what_changes_the_weights_is_refused(
+    run_main: Run, flags: list[str], kept: Path, tmp_path: Path, field: dataclasses.Field
+) -> None:
+    """Trap 92, by trying: a field of TrainingArguments is refused in a resumed run, or it changes no weight."""
+    for number, value in enumerate(other_values(field)):
+        out = tmp_path / f"out-{number}"
+        words = [*flags, "--sample_answers", 0, "--output_dir", out, "--resume_from_checkpoint", kept / "checkpoint-4"]
+        try:
+            run_main(train_lora, *words, f"--{field.name}", value)
+        except SystemExit as stop:
+            assert stop.code == 2
+        else:
+            assert equal_weights(out, kept), f"--{field.name} {value}"
+
+
 def test_settings_that_may_change(run_main: Run, flags: list[str], kept: Path, rows_path: str, tmp_path: Path) -> None:
-    """Memory ran out: the same rows in smaller batches. Reports, evaluation and the number of steps are free, too."""
-    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --logging_steps 1 --max_steps 8"
-    more += f" --gradient_checkpointing True --eval_data_path {rows_path} --eval_metrics False --max_grad_norm 0.5"
+    """Memory ran out: the same rows in smaller batches. Reports and evaluation are free, too."""
+    more = "--per_device_train_batch_size 1 --gradient_accumulation_steps 4 --logging_steps 1 --save_steps 1"
+    more += f" --gradient_checkpointing True --eval_data_path {rows_path} --eval_metrics False"
     run_main(train_lora, *flags, *more.split(), "--resume_from_checkpoint", kept / "checkpoint-4")
     report = json.loads((tmp_path / "out/training_report.json").read_text(encoding="utf-8"))
-    assert (report["resumed_at_step"], report["steps"]) == (4, 8)
+    assert (report["resumed_at_step"], report["steps"]) == (4, 6)
 
 
 @pytest.fixture
