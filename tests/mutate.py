@@ -444,6 +444,10 @@ MUTANTS = [
     Mutant("inference.py", 'if trained in ("float16", "bfloat16"):', "if False:", "test_inference half"),
     Mutant("finetuning/model/base_model.py", 'for name in ("dtype", "torch_dtype") if', 'for name in ("dtype",) if', "test_inference bare"),
     Mutant("finetuning/model/base_model.py", 'parts = (config.get("text_config", {}), config)', "parts = (config,)", "test_inference bare"),
+    # flags are tried
+    Mutant("finetuning/training/flags.py", "            trainer.train()\n", "", "test_flags refused"),
+    Mutant("finetuning/training/flags.py", "        fail(f\"--dataloader_drop_last True", "        print(f\"--dataloader_drop_last True", "test_flags whole_batch"),
+    Mutant("finetuning/cli/arguments.py", "for name in without if not without[name]]", "for name in without]", "test_flags refused"),
     # several processes
     Mutant("finetuning/distributed.py", "        yield from [[] for _ in range(len(self) - len(self.batches))]\n", "", "test_distributed each_row"),
     Mutant("finetuning/training/trainer.py", "return share_rows_once(super().get_train_dataloader())", "return super().get_train_dataloader()", "test_distributed equal_one"),
