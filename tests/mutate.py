@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant("finetuning/training/flags.py", "if training_args.label_smoothing_factor:", "if False:", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "    if training_args.torch_compile:\n", "    if False:\n", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "flags.fp16 = flags.fp16 and on_cuda and not flags.bf16", "pass", "test_train_lora"),
-    Mutant("finetuning/training/flags.py", "if flags.load_best_model_at_end:", "if False:", "test_train_lora mistakes"),
+    Mutant("finetuning/training/flags.py", 'if flags.load_best_model_at_end or flags.save_strategy == "best":', "if False:", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "if name != \"kubeflow\" and not find_spec(module):", "if False:", "test_trackers not_there"),
     Mutant("finetuning/training/flags.py", "    if names and hub_token:", "    if False:", "test_trackers tokens"),
     Mutant("finetuning/training/flags.py", "        except ValueError as error:\n", "        except KeyError as error:\n", "test_trackers not_there"),
