@@ -38,7 +38,7 @@ from finetuning.training import checkpoints
 from finetuning.training.callbacks import StopOnSignal
 from finetuning.training.collators import row_lengths
 from finetuning.training.dry_run import Rehearsal, print_plan
-from finetuning.training.flags import Arguments, memory_flags
+from finetuning.training.flags import Arguments, check_batches, memory_flags
 from finetuning.training.progress import ProgressLog
 from finetuning.training.report import describe_run, print_first_row, print_run, warn_about_positions, write_report
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -152,9 +152,11 @@ def preprocess_function(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data, Data | None]:
     """The rows to train on, and those to evaluate on, if there are any."""
     try:
-        return load_training_data(args.data, preprocess_function, tokenizer, args.training.seed)
+        train_data, eval_data = load_training_data(args.data, preprocess_function, tokenizer, args.training.seed)
     except DataError as error:
         fail(str(error))
+    check_batches(len(train_data.dataset), args.training)
+    return train_data, eval_data
 
 
 # ----------------------------------------------------------------------------------------------------------------------

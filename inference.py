@@ -95,9 +95,6 @@ class InferenceArguments(FieldArguments):
         for name in ("output_file", "report"):
             if getattr(self, name) and not self.data_path:
                 raise ValueError(f"--{name} needs --data_path, the rows to answer")
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("show_prompt", "labels"):
             if getattr(self, name) and self.interactive:
                 raise ValueError(f"--{name} does not work with --interactive: give an --instruction or a --data_path")

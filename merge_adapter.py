@@ -56,8 +56,6 @@ class MergeArguments:
     trust_remote_code: bool = flag(False, TRUST)
 
     def __post_init__(self) -> None:
-        if self.check_rows < 1:
-            raise ValueError(f"--check_rows {self.check_rows}: must be at least 1")
         if self.gguf and not self.llama_cpp:
             raise ValueError("--gguf True needs --llama_cpp, the folder of llama.cpp's source")
         if self.gguf and self.export == "peft":

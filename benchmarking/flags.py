@@ -35,9 +35,6 @@ class BenchmarkArguments:
         unknown = set(self.methods.split(",")) - set(ALL)
         if unknown:
             raise ValueError(f"--methods {','.join(sorted(unknown))}: choose from {', '.join(ALL)}")
-        for name in ("batch_size", "steps", "sequence_length", "layers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.layers and not self.shape:
             raise ValueError("--layers cuts a --shape: name one of " + ", ".join(SHAPES))
 

@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant("finetuning/training/flags.py", "if training_args.label_smoothing_factor:", "if False:", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "    if training_args.torch_compile:\n", "    if False:\n", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "flags.fp16 = flags.fp16 and on_cuda and not flags.bf16", "pass", "test_train_lora"),
-    Mutant("finetuning/training/flags.py", "if flags.load_best_model_at_end:", "if False:", "test_train_lora mistakes"),
+    Mutant("finetuning/training/flags.py", 'if flags.load_best_model_at_end or flags.save_strategy == "best":', "if False:", "test_train_lora mistakes"),
     Mutant("finetuning/training/flags.py", "if name != \"kubeflow\" and not find_spec(module):", "if False:", "test_trackers not_there"),
     Mutant("finetuning/training/flags.py", "    if names and hub_token:", "    if False:", "test_trackers tokens"),
     Mutant("finetuning/training/flags.py", "        except ValueError as error:\n", "        except KeyError as error:\n", "test_trackers not_there"),
@@ -456,6 +456,10 @@ MUTANTS = [
     Mutant("inference.py", 'if trained in ("float16", "bfloat16"):', "if False:", "test_inference half"),
     Mutant("finetuning/model/base_model.py", 'for name in ("dtype", "torch_dtype") if', 'for name in ("dtype",) if', "test_inference bare"),
     Mutant("finetuning/model/base_model.py", 'parts = (config.get("text_config", {}), config)', "parts = (config,)", "test_inference bare"),
+    # flags are tried
+    Mutant("finetuning/training/flags.py", "            trainer.train()\n", "", "test_flags refused"),
+    Mutant("finetuning/training/flags.py", "        fail(f\"--dataloader_drop_last True", "        print(f\"--dataloader_drop_last True", "test_flags whole_batch"),
+    Mutant("finetuning/cli/arguments.py", "for name in without if not without[name]]", "for name in without]", "test_flags refused"),
     # several processes
     Mutant("finetuning/distributed.py", "        yield from [[] for _ in range(len(self) - len(self.batches))]\n", "", "test_distributed each_row"),
     Mutant("finetuning/training/trainer.py", "return share_rows_once(super().get_train_dataloader())", "return super().get_train_dataloader()", "test_distributed equal_one"),

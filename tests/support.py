@@ -166,7 +166,9 @@ def preprocess_row(row: dict[str, Any], tokenizer: Qwen2Tokenizer, max_length: i
 def preprocess(path: str, tokenizer: Qwen2Tokenizer, max_length: int, thinking: str = "auto", **options: Any) -> Data:
     """Data files as a run reads them."""
     data = DataArguments(data_path=path, max_length=max_length, thinking=thinking, **options)
-    return load_data(SimpleNamespace(data=data, training=SimpleNamespace(seed=42)), tokenizer)[0]
+    return load_data(
+        SimpleNamespace(data=data, training=SimpleNamespace(seed=42, dataloader_drop_last=False)), tokenizer
+    )[0]
 
 
 def read_all(path: str, rename: dict[str, str] | None = None, output_required: bool = True) -> list[dict[str, Any]]:

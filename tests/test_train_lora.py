@@ -389,6 +389,7 @@ def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: setattr(self, "report_to", []))
+    monkeypatch.setattr("finetuning.training.flags.try_out", Mock())
     assert parse_arguments(train_lora.LoraArguments, None, ["--output_dir", "out"]).training.n_gpu == 1
     assert "torchrun" in capsys.readouterr().out
 

@@ -1,9 +1,12 @@
 """The command line: a parser that answers each mistake with one line, and the flags every script has."""
 
+import math
 import os
+import shlex
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,11 +15,13 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from finetuning.cli.console import end_quietly_on_interrupt, fail, print_any_text
+from finetuning.cli.console import end_quietly_on_interrupt, fail, first_line, print_any_text
 from finetuning.cli.memory import allow_expandable_segments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+# The last words of flags that must be more than 0; other numbers may be 0.
+COUNTS = ("epochs", "layers", "length", "rate", "rows", "size", "steps", "tokens")
 TRUST = "run the Python code that comes with a checkpoint; only if you trust its author"
 # Flags of other programs and of older versions of TrainingArguments, and what to use here.
 OTHER_NAMES = {
@@ -93,14 +98,38 @@ class ScriptParser(HfArgumentParser):
                 fail(f"{word}: no such flag here; use {OTHER_NAMES[name]}")
             near = get_close_matches(name, vars(namespace), n=1)
             fail(f"{word}: no such flag" + (f"; did you mean --{near[0]}?" if near else " (--help lists the flags)"))
+        self.given = {name: value for name, value in vars(namespace).items() if value != self.get_default(name)}
+        for name, value in self.given.items():  # a default, such as --max_steps -1, has a meaning of its own
+            least = "more than 0" if name.split("_")[-1] in COUNTS else "at least 0"
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and least == "at least 0"):
+                fail(f"--{name} {value}: must be a finite number, {least}")
         return namespace
 
-    def to_dataclasses(self, namespace: Namespace) -> tuple[Any, ...]:
-        """Build the dataclasses, in their order. A ValueError of theirs is a mistake of the user's."""
+    def to_dataclasses(self, namespace: Namespace, attempt: Callable[[tuple[Any, ...]], Any] = tuple) -> Any:
+        """Build the dataclasses, in their order; returns them, or what an attempt makes of them.
+
+        An error that some flags make is a mistake of the user's: the message names those without which there is none.
+        """
+
+        def refusal(**changes: Any) -> str:
+            try:
+                attempt(self.parse_dict(vars(namespace) | changes))
+            except Exception as error:
+                return first_line(error)
+            return ""
+
         try:
-            return self.parse_dict(vars(namespace))
-        except ValueError as error:
-            fail(" ".join(str(error).split()))
+            return attempt(self.parse_dict(vars(namespace)))
+        except Exception as error:
+            message = first_line(error)
+            if message.startswith("--"):
+                fail(message)
+            without = {name: refusal(**{name: self.get_default(name)}) for name in self.given}
+            names = [name for name in without if not without[name]] or [n for n in without if without[n] != message]
+            if not names:
+                raise
+        words = [f"--{name} {shlex.quote(str(self.given[name]))}" for name in names]
+        fail(f"{' '.join(words)}: {message} (--help lists the flags)")
 
     def parse(self, argv: list[str] | None = None) -> tuple[Any, ...]:
         """The dataclasses of a command line; exits with code 2 for a flag or value that cannot be used."""

@@ -69,8 +69,5 @@ class DataArguments(FieldArguments):
             raise ValueError(f"--eval_split {self.eval_split}: a share of the rows, for example 0.02")
         if self.eval_split and self.eval_data_path:
             raise ValueError("--eval_split and --eval_data_path both name rows to evaluate on: leave one of them out")
-        if self.show_rows < 0:
-            raise ValueError(f"--show_rows {self.show_rows}: a number of rows, such as 5")
-        for name in ("max_rows", "preprocessing_num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.preprocessing_num_workers:
+            raise ValueError("--preprocessing_num_workers 0: must be at least 1")

@@ -1,13 +1,17 @@
 """The flags of the training scripts, checked before anything is loaded."""
 
+import gc
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
@@ -75,6 +79,7 @@ def parse_arguments(
         hub_strategy="end",
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every forward
         remove_unused_columns=False,  # the row numbers are for the messages of NotFiniteGuard
+        do_train=True,
         prediction_loss_only=True,  # or an evaluation would gather rows x length x 152k logits
         **defaults,
     )
@@ -98,9 +103,11 @@ def parse_arguments(
     evaluates = bool(flags.eval_data_path or flags.eval_split)
     if flags.eval_strategy is None:
         flags.eval_strategy = "epoch" if evaluates else "no"
-    if flags.load_best_model_at_end:
+    if flags.load_best_model_at_end or flags.save_strategy == "best":
         if not evaluates:
-            fail("--load_best_model_at_end needs rows to find the best on: add --eval_data_path data/test.json")
+            name = "load_best_model_at_end" if flags.load_best_model_at_end else "save_strategy best"
+            fail(f"--{name} needs rows to find the best on: add --eval_data_path data/test.json")
+        flags.metric_for_best_model = flags.metric_for_best_model or "loss"
         if flags.save_strategy == "steps":
             flags.save_strategy = flags.eval_strategy  # each evaluation needs its checkpoint
             flags.save_steps = flags.eval_steps or flags.logging_steps
@@ -111,6 +118,7 @@ def parse_arguments(
     flags.push_to_hub, flags.save_total_limit = False, None
     args = Arguments(*parser.to_dataclasses(flags), **ours)
     check_combinations(args, evaluates)
+    parser.to_dataclasses(flags, lambda groups: try_out(groups[-1]))
     if args.training.n_gpu > 1:
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
@@ -136,6 +144,8 @@ def describe_precision(training_args: TrainingArguments, has_bf16: bool) -> str:
 def check_combinations(args: Arguments, evaluates: bool) -> None:
     """Refuse flags that exclude each other, or lack a package or a file."""
     training_args = args.training
+    if not training_args.do_train:
+        fail("--do_train False: nothing would be trained; leave it out, or ask an adapter with inference.py")
     check_trackers(training_args.report_to, training_args.hub_token)
     if not (args.run.dry_run or args.data.show_rows):
         reach_trackers(training_args.report_to)
@@ -156,6 +166,46 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
     if args.run.overwrite_output_dir and training_args.resume_from_checkpoint:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")
+
+
+def try_out(args: TrainingArguments) -> None:
+    """Train a model of a few weights for two steps, and evaluate it: what the Trainer would refuse, it refuses now.
+
+    Nothing is printed or kept. FSDP and DeepSpeed, which could not divide so small a model, are not tried.
+
+    Args:
+        args: those of the run, in an object of its own, which is changed.
+    """
+    if engine_asked_for(args):
+        return
+    sizes = {"hidden_size": 64, "intermediate_size": 64}  # 4,096 weights: smaller matrices have no 8-bit states
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=2, **sizes, **layers))
+    args._n_gpu = min(args.n_gpu, 1)  # see parse_arguments
+    rows = [{"input_ids": [0, 1], "labels": [0, 1]}] * (args.train_batch_size * args.world_size)
+    if not gc.get_freeze_count():
+        gc.freeze()  # the modules, which stay: or each Trainer would search them for garbage, for half a second
+    args.report_to, args.disable_tqdm, args.max_steps = [], True, 2
+    with TemporaryDirectory() as args.output_dir, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable()
+        try:
+            trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[: args.world_size])
+            trainer.remove_callback(PrinterCallback)
+            trainer.get_train_dataloader()  # with workers, which are not started
+            args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
+            args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
+            args.save_strategy, args.eval_delay = "no", 0
+            args.eval_strategy = "no" if args.eval_strategy == "no" else "epoch"
+            trainer.train()
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def check_batches(rows: int, args: TrainingArguments) -> None:
+    """Refuse to leave out the last batch of an epoch if it is the only one."""
+    if args.dataloader_drop_last and rows < (batch := args.train_batch_size * args.world_size):
+        fail(f"--dataloader_drop_last True: {rows} rows are less than a batch of {batch}: none would be learnt")
 
 
 def check_trackers(names: list[str], hub_token: str | None) -> None:

@@ -47,6 +47,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> object:
         device = property(lambda self: torch.device("cpu" if self.use_cpu else "cuda:0"))
         monkeypatch.setattr(TrainingArguments, "_setup_devices", device)
         monkeypatch.setattr(TrainingArguments, "_n_gpu", count, raising=False)
+        monkeypatch.setattr(flags, "try_out", Mock())  # which would need the GPU
 
     return fake
 
@@ -119,6 +120,7 @@ def test_several_gpus(fake_gpu: object, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_mac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("mps"))
     monkeypatch.setattr(TrainingArguments, "_n_gpu", 1, raising=False)
+    monkeypatch.setattr(flags, "try_out", Mock())
     monkeypatch.setattr(trainer_module, "FineTuningTrainer", Mock())
     monkeypatch.setattr(sys, "platform", "darwin")
     args = parse().training

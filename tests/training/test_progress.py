@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,9 @@ def test_answers_before_and_after(
     assert "\n  adapter" not in none and "\nrow " not in none
 
 
-def test_a_resumed_run_says_where_it_begins(run_main: Run, flags: list[str]) -> None:
-    run_main(train_lora, *flags, "--save_steps", 2, "--keep_checkpoints", True, "--max_steps", 4)
-    printed = run_main(train_lora, *flags, "--resume_from_checkpoint", True)
+def test_a_resumed_run_says_where_it_begins(run_main: Run, flags: list[str], trained: Callable[..., Path]) -> None:
+    checkpoint = trained(train_lora, "--save_steps", 2, "--keep_checkpoints", True) / "checkpoint-4"
+    printed = run_main(train_lora, *flags, "--resume_from_checkpoint", checkpoint)
     assert "steps       6 from step 4, of 4 rows" in printed and len(STEP.findall(printed)) <= 2
 
 
