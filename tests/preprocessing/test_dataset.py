@@ -323,10 +323,13 @@ def test_masked_answers_count_as_nothing(tmp_path: Path, capsys: pytest.CaptureF
     path.write_text(json.dumps([{"messages": [*TURNS, *masked]}] * 3 + [{"messages": masked}] + ROWS[:1]))
     summary = preprocess(str(path), tokenizer_for(CHATML), 1000).summary
     assert (summary.rows, summary.kept, summary.truncated, summary.dropped, summary.masked) == (5, 4, 0, 0, 1)
-    assert summary.reasoning == 0 and not labels_of_tasks(summary)
+    assert summary.reasoning == 0
     assert "1 rows have no answer to learn: all of theirs have weight 0" in capsys.readouterr().out
     length = len(preprocess(str(path), tokenizer_for(CHATML), 1000).dataset[0]["labels"])
     assert preprocess(str(path), tokenizer_for(CHATML), length - 5).summary.truncated == 0  # only of what is masked
+    words = [{"messages": [*TURNS, TURNS[0], masked[1] | {"content": ("good", "bad")[n % 2]}]} for n in range(300)]
+    path.write_text(json.dumps(words))
+    assert not labels_of_tasks(preprocess(str(path), tokenizer_for(CHATML), 1000).summary)
     path.write_text(json.dumps([{"messages": masked}]))
     with pytest.raises(SystemExit):
         preprocess(str(path), tokenizer_for(CHATML), 1000)
