@@ -90,8 +90,8 @@ def load_model(
     Args:
         dtype: of the weights; with 4-bit weights, of the matrix products.
         device: of the weights; a GPU gets them straight from the file.
-        sharded: whether FSDP or ZeRO-3 divides the weights over several GPUs later. Then they go into main memory, as
-            none of the GPUs may have room for all; but 4-bit weights, a quarter of the size, are made on each GPU.
+        sharded: whether FSDP or ZeRO-3 shards the weights over several GPUs later. Then they go into main memory, as
+            they may not fit on any GPU; but 4-bit weights, a quarter of the size, are made on each GPU.
     """
     base_model.check_model_path(model_args.model_path)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every length of row
@@ -100,7 +100,7 @@ def load_model(
         remedies = base_model.four_bit_flag(config, model_args.load_in_4bit)
         quantized = base_model.quantization_options(config, model_args.load_in_4bit, dtype, sharded)
         if quantized and sharded:
-            disable_fsdp_ram_efficient_loading()  # accelerate cannot hand 4-bit weights out
+            disable_fsdp_ram_efficient_loading()  # accelerate cannot broadcast 4-bit weights
         with memory_advice(device, remedies, "while loading the model"), base_model.loading_report():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 model_args.model_path,
@@ -173,7 +173,7 @@ def train(
         model: the base with a fresh adapter.
 
     Raises:
-        SystemExit: code 1 if the loss is not finite or nothing was learnt, and then no adapter is saved; code 2 if the
+        SystemExit: code 1 if the loss is not finite or the adapter is unchanged, and then none is saved; code 2 if the
             run cannot be resumed.
     """
     prepare_adapter(model)
@@ -189,8 +189,8 @@ def train(
     try:
         if args.training.should_save:
             shown = args.run.eval_metrics, args.run.sample_answers
-            divided = shards_weights(args.training)
-            scores = evaluate(model, tokenizer, train_data, eval_data, *shown, args.training, divided)
+            sharded = shards_weights(args.training)
+            scores = evaluate(model, tokenizer, train_data, eval_data, *shown, args.training, sharded)
     finally:  # also if memory runs out in the evaluation, or the user stops it
         if args.training.should_save:
             write_report(run, scores, output_dir)

@@ -1,4 +1,4 @@
-"""The memory that a step needs on each GPU, computed for several models and ways to spread them; nothing is measured.
+"""The memory that a step needs on each GPU, computed for several models, sharded or not; nothing is measured.
 
     python -m benchmarking.scaling --report docs/scaling.md,docs/scaling_zh.md
     python -m benchmarking.scaling --cards 8,12,16,24,48,80 --report README.md,README_zh.md
@@ -39,7 +39,7 @@ class ScalingArguments:
     _argument_group_name = "scaling"
 
     shapes: str | None = flag(None, "of released models, commas between (default: from 7b; with --cards: all)")
-    gpus: int = flag(8, "over which FSDP or ZeRO-3 divides the weights")
+    gpus: int = flag(8, "over which FSDP or ZeRO-3 shards the weights")
     cards: str | None = flag(None, "GiB of single GPUs, commas between: which models fit, in a table of its own")
     kept: bool = flag(False, "only what a token keeps for the backward pass, in each layer")
     tokens: int = flag(1024, "of the rows that a GPU gets at once")
@@ -122,7 +122,7 @@ def step_memory(shape: str, method: str, in_4bit: bool, checkpointing: bool, tok
 def make_table(shapes: list[str], tokens: int, gpus: int) -> str:
     """A Markdown table, in GiB on each GPU."""
     lines = [
-        "| model | precision | weights | of them on a GPU | LoRA | checkpointed | prompt tuning | checkpointed |",
+        "| model | precision | weights | in GiB | LoRA | checkpointed | prompt tuning | checkpointed |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for shape in shapes:
@@ -133,7 +133,7 @@ def make_table(shapes: list[str], tokens: int, gpus: int) -> str:
                     for method in ("lora", "prompt_tuning")
                     for checkpointing in (False, True)
                 ]
-                name = "whole (DDP)" if count == 1 else f"divided by {count} (FSDP, ZeRO-3)"
+                name = "full" if count == 1 else f"{count} shards"
                 kind = "4-bit" if in_4bit else "16-bit"
                 cells = [f"{size / GIB:.1f}" for size in (needed[0].weights, *(need.total() for need in needed))]
                 lines.append(f"| {shape} | {kind} | {name} | {' | '.join(cells)} |")

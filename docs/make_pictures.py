@@ -26,7 +26,7 @@ def text(
 
 
 def rectangle(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1, radius: int = 3) -> str:
-    """A rectangle; without a colour, a place with padding."""
+    """A rectangle; without a colour, a position with padding."""
     look = f'fill="{colour}" fill-opacity="{opacity:g}" stroke="{colour}"'
     look = look if colour else f'fill="none" stroke="{GREY}" stroke-dasharray="3 2"'
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" {look}/>'
@@ -105,15 +105,15 @@ def flow(chinese: bool) -> tuple[int, list[str]]:
 def batch(chinese: bool) -> tuple[int, list[str]]:
     """A padded batch, and the same rows end to end."""
     size, left, longest = 26, 190, max(prompt + answer for prompt, answer in BATCH)
-    places, learnt = longest * len(BATCH), sum(answer for _, answer in BATCH)
+    places, supervised = longest * len(BATCH), sum(answer for _, answer in BATCH)
     used = len(position_ids(BATCH))
-    padded = ["padded", f"{places} places, {places - used} padding", f"logits for all {places}"]
-    ours = ["end to end", f"{used} places, no padding", f"logits for {learnt}"]
-    legend = ["prompt", "answer, learnt", "padding", "logits computed here"]
+    padded = ["padded", f"{places} positions, {places - used} padding", f"logits for all {places}"]
+    ours = ["end to end", f"{used} positions, no padding", f"logits for {supervised}"]
+    legend = ["prompt", "answer, supervised", "padding", "logits computed here"]
     if chinese:
         padded = ["填充的批次", f"{places} 个位置，{places - used} 个是填充", f"{places} 个位置都算 logits"]
-        ours = ["首尾相接", f"{used} 个位置，没有填充", f"只算 {learnt} 个位置的 logits"]
-        legend = ["提示", "回答，参与学习", "填充", "在此计算 logits"]
+        ours = ["首尾相接", f"{used} 个位置，没有填充", f"只算 {supervised} 个位置的 logits"]
+        legend = ["提示", "回答，监督部分", "填充", "在此计算 logits"]
 
     def mark(x: float, y: float) -> str:
         return f'<circle cx="{x + size / 2:g}" cy="{y + size + 4:g}" r="3" fill="{ORANGE}"/>'

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from finetuning.cli.console import fact, fail, is_main_process
 from finetuning.preprocessing.encode import IGNORE_INDEX
 
-# What a process gets that has no row left: nothing to learn.
+# What a process gets that has no row left: nothing is supervised.
 BLANK_ROW = {"input_ids": [0], "attention_mask": [1], "labels": [IGNORE_INDEX]}
 
 
@@ -51,7 +51,7 @@ def shards_weights(args: TrainingArguments) -> bool:
 
 
 def adjust_fsdp(plugin: FullyShardedDataParallelPlugin, layers: Iterable[torch.nn.Module]) -> None:
-    """Let FSDP divide by decoder layers, cast nothing, and save in parts, whatever the configuration says.
+    """Let FSDP shard by decoder layers, cast nothing, and save in parts, whatever the configuration says.
 
     accelerate looks for layers by names of the model's class; Qwen3.5 has some there that its text part lacks.
     Autocast casts, as everywhere; accelerate's policy would also add up gradients, and hand out the loss, in half
@@ -93,7 +93,7 @@ def share_rows_once(loader: DataLoader) -> DataLoader:
 
 
 def fill_up(dataset: Dataset, multiple: int) -> Dataset:
-    """The dataset, and rows without anything to learn up to a multiple: for evaluation, which has no order to keep."""
+    """The dataset, and rows without supervised tokens up to a multiple: for evaluation, which has no order to keep."""
     missing = -len(dataset) % multiple
     if not missing:
         return dataset
@@ -117,12 +117,12 @@ def say_how_many(args: TrainingArguments) -> None:
         fact("processes", f"{processes} ({engine}), {rows} rows each: {rows * processes} rows a step")
 
 
-# ---- weights that lie in parts on several GPUs, with FSDP or DeepSpeed's ZeRO-3: reading them takes all processes
+# ---- sharded weights, with FSDP or DeepSpeed's ZeRO-3: reading them takes all processes
 
 
 @contextmanager
 def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside the context, parameters that ZeRO-3 has divided are whole; without ZeRO-3 nothing happens."""
+    """Inside the context, parameters that ZeRO-3 has sharded are gathered; without ZeRO-3 nothing happens."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -133,7 +133,7 @@ def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The values of a whole parameter; a copy of them, if ZeRO-3 has divided it."""
+    """The values of a full parameter; a copy of them, if ZeRO-3 has sharded it."""
     if not is_deepspeed_zero3_enabled():
         return parameter.detach()
     with gathered([parameter]):
@@ -141,10 +141,10 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter; what ZeRO-3 leaves in its place has the shape (0,)."""
+    """The shape of the full parameter; what ZeRO-3 leaves instead has the shape (0,)."""
     return parameter.ds_shape if is_deepspeed_zero3_enabled() else parameter.shape
 
 
 def whole_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, put together from the parts that FSDP has made of the tensor."""
+    """A copy on the CPU, gathered from the shards that FSDP has made of the tensor."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()

@@ -4,7 +4,7 @@
     python tests/soak.py --kills 10 --processes 2
 
 For both methods, on models/tiny-qwen, with a checkpoint after every step and room for one. After each signal the last
-complete checkpoint must be there still, or a later one; sometimes a half-written one is put beside it. In the end the
+complete checkpoint must be there still, or a later one; sometimes a partial one is put beside it. In the end the
 weights must be equal, to the last bit. Of several processes one gets it; the others must end within ten minutes.
 """
 

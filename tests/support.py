@@ -64,8 +64,8 @@ THINKING = (
     "{%- endif %}"
 )
 
-# What released templates do with thoughts: one with a switch, which is on (Qwen3); one that begins a thought in the
-# prompt and trims answers (Qwen3.5); one without a switch (Qwen3-Thinking); one that forgets thoughts (QwQ).
+# What released templates do with reasoning: one with a switch, which is on (Qwen3); one that begins it in the
+# prompt and trims answers (Qwen3.5); one without a switch (Qwen3-Thinking); one that forgets it (QwQ).
 TURN = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
 THOUGHT = (
     "{%- if m.role == 'assistant' and loop.last %}"

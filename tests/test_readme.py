@@ -247,7 +247,7 @@ def test_pictures_show_the_batch_as_it_is(name: str, virtual_tokens: int) -> Non
     assert batch["logits_to_keep"].tolist() == LOGITS[name]
 
 
-# Places of the batch whose logits are computed: the token before each learnt one.
+# Positions of the batch whose logits are computed: the token before each supervised one.
 LOGITS = {"BATCH": [4, 5, 6, 10, 11, 19, 20, 21, 22], "SOFT_BATCH": [6, 7, 8, 15, 16]}
 
 

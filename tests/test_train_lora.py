@@ -167,7 +167,7 @@ def test_other_architectures(run: Run, flags: list[str], tmp_path: Path, model_t
 
 
 def test_samples_of_masked_answers(run: Run, flags: list[str], tmp_path: Path) -> None:
-    """The right answer is the last that is learnt, and not what stands behind it."""
+    """The right answer is the last that is supervised, and not what comes after it."""
     turns = [("user", "q one"), ("assistant", "good"), ("user", "q two"), ("assistant", "BAD")]
     messages = [{"role": role, "content": text} for role, text in turns]
     messages[-1]["weight"] = 0
@@ -441,7 +441,7 @@ def test_resumed_run_equals_an_undisturbed_one(
 def test_broken_checkpoints_are_passed_over(
     run: Run, interrupted: list[str], trained: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Trap 39: the newest whole checkpoint is used."""
+    """Trap 39: the newest complete checkpoint is used."""
     out = tmp_path / "out"
     optimizer = out / "checkpoint-3" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])

@@ -126,7 +126,7 @@ def classify_in_batches(
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """Choose among labels; yields the numbers of a batch's prompts, and for each `prediction` and `probabilities`.
 
-    In thinking mode the model first writes its thought, as `config` says, and the labels are scored after it.
+    In thinking mode the model first writes its reasoning, as `config` says, and the labels are scored after it.
 
     Args:
         labels_of_prompts: the labels of each prompt, from `choose_labels`.
@@ -152,7 +152,7 @@ def classify_in_batches(
 def think(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: GenerationConfig
 ) -> tuple[list[list[int]], list[dict[str, str]]]:
-    """Let the model write its thoughts; returns the prompts with them, up to where the answers begin, and the texts."""
+    """Let the model write its reasoning; returns the prompts with it, up to where the answers begin, and its texts."""
     opening = "" if opens_reasoning(tokenizer, tokenizer.chat_template) else OPENING
     thoughts = [answer.thought for answer in generate(model, tokenizer, prompts, config)]
     ids = tokenize([opening + thought + CLOSING for thought in thoughts], tokenizer)

@@ -74,7 +74,7 @@ def find_problem(folder: Path) -> str | None:
                 pass
         except SafetensorError:
             pointer = file.read_bytes()[:64].startswith(b"version https://git-lfs")
-            what = "only a Git LFS pointer" if pointer else f"not whole ({file.stat().st_size:,} bytes)"
+            what = "only a Git LFS pointer" if pointer else f"not complete ({file.stat().st_size:,} bytes)"
             return f"has a {file.name} that is {what}; download it again" + (", with git lfs pull" if pointer else "")
     return None
 

@@ -119,7 +119,7 @@ def save_adapter(
 
     Args:
         state: `adapter_state` after training.
-        start: `adapter_state` before training; an adapter equal to it has learnt nothing.
+        start: `adapter_state` before training; an adapter equal to it is untrained.
         files: texts to save beside the weights, by name, from `describe_adapter`.
 
     Raises:
@@ -144,7 +144,7 @@ def save_adapter(
             fail(f"{WEIGHTS} does not hold what was trained when it is read back; is the disk sound?", 1)
         shutil.copymode(scratch / INFO, scratch / WEIGHTS)  # safetensors gives only the owner access
         flush_to_disk(scratch)
-        # the weights last, and no older ones meanwhile: if they are there, the folder is whole
+        # the weights last, and no older ones meanwhile: if they are there, the folder is complete
         Path(output_dir, WEIGHTS).unlink(missing_ok=True)
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == WEIGHTS):
             os.replace(file, Path(output_dir, file.name))
@@ -199,7 +199,7 @@ def last_complete(output_dir: str | Path) -> Path | None:
 
 
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check that a folder holds a whole adapter with finite weights, and read its two JSON files.
+    """Check that a folder holds a complete adapter with finite weights, and read its two JSON files.
 
     Returns:
         PEFT's configuration, and the contents of adapter_info.json ({} for an adapter that another program wrote).

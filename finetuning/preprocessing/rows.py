@@ -36,7 +36,7 @@ YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "fa
 NO_TASK = "rows"  # the task of rows that name none
 LONGEST_LABEL = 40  # characters
 
-PAIR = ("prompt", "completion")  # TRL's halves of a conversation, of which the second is learnt
+PAIR = ("prompt", "completion")  # TRL's halves of a conversation, of which the second is supervised
 
 # Fields that are refused if they hold something, and why.
 PREFERENCE = "is preference data: a rejected answer would be learnt as a right one; keep only answers to learn"
@@ -110,7 +110,7 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
 
     Returns:
         The row with all its other fields, and their names: they are ignored. `input` is always a str; roles are system,
-        user and assistant; a message may have `weight` 0, and is then not learnt.
+        user and assistant; a message may have `weight` 0, and is then masked.
 
     Raises:
         DataError: for a row that cannot be used.
@@ -271,7 +271,7 @@ def read_messages(messages: Any, field: str, system: Any, output_required: bool)
 
 
 def read_message(message: Any, where: str) -> tuple[Row, Row]:
-    """Check a message: its `role`, `content`, perhaps `reasoning_content` and, if it is not to be learnt, `weight` 0.
+    """Check a message: its `role`, `content`, perhaps `reasoning_content` and, if it is masked, `weight` 0.
 
     Returns:
         The message with these fields, and its other fields, which mean nothing here.
@@ -294,7 +294,7 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
             check_text(part.get("text"), f"{where}: a part of 'content'")
         content = "".join(part["text"] for part in content)
     check_text(content, f"{where}: 'content'")
-    if ROLES[role] != "assistant":  # which is never learnt
+    if ROLES[role] != "assistant":  # which is never supervised
         if reasoning:
             raise DataError(f"{where}: 'reasoning_content' belongs to an assistant message")
         return {"role": ROLES[role], "content": content}, fields
@@ -304,10 +304,10 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
         value = fields.pop(name)
         is_set = YES_OR_NO.get(str(value).lower())
         if is_set is None:
-            raise DataError(f"{where} has the {name} {value!r}; an answer is learnt, or not: write 1 or 0")
+            raise DataError(f"{where} has the {name} {value!r}; an answer is supervised, or not: write 1 or 0")
         weights.add(is_set != (name in MASKED))
     for name in [*filter(UNCLEAR.search, fields), *(["weight"] if len(weights) > 1 else [])]:
-        raise DataError(f"{where} has '{name}': is it learnt or not? say it once, as 'weight', 1 or 0")
+        raise DataError(f"{where} has '{name}': is it supervised or not? say it once, as 'weight', 1 or 0")
     return {"role": "assistant"} | texts | ({"weight": 0} if False in weights else {}), fields
 
 

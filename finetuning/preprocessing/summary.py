@@ -28,11 +28,11 @@ class Summary:
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
-    masked: int = 0  # rows without an answer to learn
+    masked: int = 0  # rows without a supervised answer
     examples: int = 0  # to train on; more than rows if conversations were split
     tokens: int = 0  # of the examples
     supervised: int = 0  # of these tokens
-    reasoning: int = 0  # rows with reasoning that is learnt; of dropped rows nothing is
+    reasoning: int = 0  # rows with reasoning that is supervised; of dropped rows nothing is
     reasoning_left_out: int = 0  # rows with reasoning that is not
     empty: int = 0  # rows with an empty or blank answer
     ignored: dict[str, int] = field(default_factory=dict)  # rows that have a field which means nothing here, by name

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from finetuning.cli.console import fail, first_line
 from finetuning.preprocessing.files import DataError
 
-# role and content; perhaps reasoning_content; perhaps weight 0 if the message is not to be learnt
+# role and content; perhaps reasoning_content; perhaps weight 0 if the message is masked
 Message = dict[str, Any]
 
 PLAIN_TEMPLATE = """{#- prompt format: plain #}

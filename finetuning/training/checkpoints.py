@@ -1,7 +1,7 @@
 """Write complete checkpoints, choose the one to resume from, and guard the output folder.
 
 The Trainer writes a checkpoint; `CheckpointWriter` then adds `adapter_info.json`, when everything else is on the disk,
-with the size of each file. A checkpoint without it is half written, one with files of other sizes is damaged.
+with the size of each file. A checkpoint without it is partial, one with files of other sizes is damaged.
 """
 
 import json
@@ -200,7 +200,7 @@ def clear_output_dir(output_dir: str, overwrite: bool, resumed_at: int) -> None:
     """Remove what a killed run was still writing, and what this run will not continue.
 
     To overwrite, these are the checkpoints, scores and report of another run; to resume, the checkpoints after the step
-    `resumed_at`. They may be half written, and as the highest they would outlive the complete ones.
+    `resumed_at`. They may be partial, and as the highest they would outlive the complete ones.
     """
     later = [path for path in find_checkpoints(output_dir) if resumed_at and step_of_name(path) > resumed_at]
     for folder in (*later, *Path(output_dir).glob(SCRATCH + "*")):

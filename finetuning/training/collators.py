@@ -94,7 +94,7 @@ class PadCollator:
 
 
 def add_virtual_tokens(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The rows, or one without anything to learn if there are none, with `count` virtual tokens in front of each."""
+    """The rows, or one without supervised tokens if there are none, with `count` virtual tokens in front of each."""
     virtual = {"input_ids": [VIRTUAL_TOKEN] * count, "labels": [IGNORE_INDEX] * count}
     return [row | {name: tokens + row[name] for name, tokens in virtual.items()} for row in rows or [BLANK_ROW]]
 

@@ -104,7 +104,7 @@ class Meter(TrainerCallback):
 
 
 def measure_passes(trainer: Trainer, rows: list[dict[str, Any]]) -> tuple[int, int, int, float]:
-    """Measure two passes on the rows: a warm-up that learns one token of each, and so has all but the other logits.
+    """Measure two passes on the rows: a warm-up with one supervised token of each, which has all but the other logits.
 
     Returns the peak without the logits, theirs, what PyTorch keeps beside the peak, and the seconds of the second pass.
     """
@@ -148,7 +148,7 @@ def take_pass(trainer: Trainer, rows: list[dict[str, Any]]) -> float:
 def count_kept(trainer: Trainer, dropout: bool = True) -> float:
     """The bytes that a token keeps for the backward pass, without checkpointing: a difference, in which weights cancel.
 
-    Nothing is trained or learnt. With checkpointing in use, dropout does not count.
+    Nothing is trained. With checkpointing in use, dropout does not count.
     """
     device, sizes = trainer.args.device, []
     # in the other mode neither of the two is at work

@@ -107,7 +107,7 @@ def compute_step(
         trained: weights.
         checkpointing: only the layers' inputs are kept, and a layer is computed again when its turn comes.
         offload: of these inputs to main memory.
-        gpus: over which the weights are divided; 1 for a whole copy.
+        gpus: over which the weights are sharded; 1 for a full copy.
     """
     layer = size.layer * size.width
     if in_4bit:
@@ -122,6 +122,6 @@ def compute_step(
         training=trained * (4 + OPTIMIZER),
         activations=activations,
         logits=min(LOGITS_MEMORY, 4 * size.vocab_size * tokens) * (1.5 if half_precision else 1),
-        # divided weights are put together for two layers, the one at work and the next, and for lm_head
+        # sharded weights are gathered for two layers, the one at work and the next, and for lm_head
         unpacked=(2 * layer + vocabulary if gpus > 1 else 0) + (size.largest * size.width if in_4bit else 0),
     )

@@ -273,7 +273,7 @@ CAPS = [("lora_4bit", 12, []), ("prompt_tuning_4bit", 8, ["--gradient_checkpoint
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "gib", "more"), CAPS, ids=["LoRA in 12 GiB", "prompt tuning in 8 GiB"])
 def test_caps_at_7b(method: str, gib: int, more: list[str], tmp_path: Path) -> None:
-    """The promise that people compare, with random weights of Qwen2.5-7B and one row of 1,024 tokens, all learnt."""
+    """The promise that people compare: random weights of Qwen2.5-7B, one row of 1,024 tokens, all supervised."""
     words = f"--shape qwen2.5-7b --sequence_length 1024 --batch_size 1 --steps 3 --methods {method} --memory_cap {gib}"
     command = [sys.executable, "benchmark.py", *words.split(), "--output_dir", str(tmp_path), *more]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)

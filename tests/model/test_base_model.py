@@ -175,7 +175,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "half a file": (
         lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000]),
-        ["not whole (5,000 bytes)", "download it again"],
+        ["not complete (5,000 bytes)", "download it again"],
     ),
     "pointer": (lambda folder: (folder / WEIGHTS).write_bytes(POINTER), ["Git LFS pointer", "git lfs pull"]),
     "lost shard": (without_a_shard, ["lacks model-00001-of-00002.safetensors"]),

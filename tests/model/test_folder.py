@@ -32,7 +32,7 @@ def save_random_lora(model: torch.nn.Module, folder: Path, target_modules: list[
 
 
 def test_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last complete checkpoint is named, not the newest folder, which a killed run may have left half written."""
+    """The last complete checkpoint is named, not the newest folder, which a killed run may have left partial."""
     for step, complete in ((2, True), (4, True), (6, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if complete:

@@ -317,7 +317,7 @@ def test_counts_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_masked_answers_count_as_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their reasoning is not learnt, they are no label words, and a row with nothing else is not too long."""
+    """Their reasoning is not supervised, they are no label words, and a row with nothing else is not too long."""
     masked = [TURNS[0], {"role": "assistant", "content": "BAD", "reasoning_content": "hm", "weight": 0}]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"messages": [*TURNS, *masked]}] * 3 + [{"messages": masked}] + ROWS[:1]))

@@ -123,7 +123,7 @@ def test_chat_without_template_is_refused(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("output", NASTY)
 def test_every_row_ends_on_its_stop_token(name: str, output: str) -> None:
-    """Trap 1: pad and eos are one token in base models; labels are made by position, so the end is learnt."""
+    """Trap 1: pad and eos are one token in base models; labels are made by position, so the end is supervised."""
     tokenizer = tokenizer_for(name)
     example = preprocess_row(ROW | {"output": output}, tokenizer, max_length=1000)
     stop = ENDOFTEXT if name == "plain" else IM_END
@@ -180,7 +180,7 @@ def test_every_answer_of_a_conversation_is_supervised() -> None:
 
 
 def test_rewriting_template_gives_one_row_for_each_answer() -> None:
-    """Qwen3's template removes the thinking block from earlier turns: each answer is learnt after its real prompt."""
+    """Qwen3's template removes the reasoning of earlier turns: each answer is supervised after its real prompt."""
     tokenizer = tokenizer_for("thinking")
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     for example, answer, end in zip(encode(messages, tokenizer), [b"b", b"d"], [1, 3], strict=True):

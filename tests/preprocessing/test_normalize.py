@@ -34,7 +34,7 @@ def write(tmp_path: Path, *rows: Any) -> str:
 
 
 def learnt(path: str, **template: str) -> list[tuple[str, list[str]]]:
-    """For each example, its whole text, and the texts that are learnt."""
+    """For each example, its whole text, and the texts that are supervised."""
     tokenizer = make_tokenizer("<|im_end|>", **template)
     set_prompt_format(tokenizer, "auto")
     found = []
@@ -124,7 +124,7 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 
 
 @pytest.mark.parametrize(("row", "text", "answers"), GOOD.values(), ids=GOOD)
-def test_what_is_learnt(tmp_path: Path, row: dict[str, Any], text: str, answers: list[str]) -> None:
+def test_what_is_supervised(tmp_path: Path, row: dict[str, Any], text: str, answers: list[str]) -> None:
     """Traps 53, 54, 71: decoded from the ids and labels of the dataset."""
     ((whole, found),) = learnt(write(tmp_path, row))
     assert found == answers and (whole == text or not text)
@@ -156,7 +156,7 @@ def test_every_field_of_a_message_is_honoured_refused_or_named(name: str, value:
 
 
 def test_weights_of_a_rewriting_template(tmp_path: Path) -> None:
-    """One example for each answer to learn, and none for the others."""
+    """One example for each supervised answer, and none for the others."""
     messages = [OPEN_AI[0], OPEN_AI[1] | {"weight": 0}, *TURNS[2:]]
     examples = learnt(write(tmp_path, {"messages": messages}), chat_template=THINKING)
     assert [answers for _, answers in examples] == [["d<|im_end|>"]] and "b<|im_end|>" in examples[0][0]
@@ -173,15 +173,15 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "half a weight": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": 0.5}]},
-        ["message 2 has the weight 0.5; an answer is learnt, or not: write 1 or 0"],
+        ["message 2 has the weight 0.5; an answer is supervised, or not: write 1 or 0"],
     ),
     "half a loss weight": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_weight": "0.3"}]},
-        ["message 2 has the loss_weight '0.3'; an answer is learnt, or not"],
+        ["message 2 has the loss_weight '0.3'; an answer is supervised, or not"],
     ),
     "masks that differ": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"mask": 1, "weight": 1}]},
-        ["message 2 has 'weight': is it learnt or not?"],
+        ["message 2 has 'weight': is it supervised or not?"],
     ),
     "halves beside messages": (
         {"messages": OPEN_AI, "prompt": OPEN_AI[:1], "completion": OPEN_AI[1:]},
@@ -197,7 +197,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an unclear mask": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"loss_mask": 0}]},
-        ["message 2 has 'loss_mask': is it learnt or not?"],
+        ["message 2 has 'loss_mask': is it supervised or not?"],
     ),
     "label": (ROW | {"label": False}, ["'label' is false", "preference data"]),
     "label of a CSV": (ROW | {"label": "False"}, ["'label' is false", "preference data"]),

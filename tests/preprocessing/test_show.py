@@ -30,7 +30,7 @@ def show(row: dict[str, str], max_length: int = 1000) -> None:
     print_rows(Dataset.from_list([columns]), 5, tokenizer)
 
 
-def test_mark_answers_shows_what_is_learnt() -> None:
+def test_mark_answers_shows_what_is_supervised() -> None:
     ids, tokenizer = example(ROW)
     text = mark_answers(ids["input_ids"], ids["labels"], tokenizer)
     assert text == "  reads  'Instruction: Go\\nInput: on'\n  writes '\\nOutput: ok<|endoftext|>'"
@@ -59,7 +59,7 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
-    """What is learnt is green, and a long part loses its middle; in a pipe it is whole."""
+    """What is supervised is green, and a long part loses its middle; in a pipe it is complete."""
     monkeypatch.setenv("NO_COLOR", no_color)
     row = ROW | {"instruction": "x" * 100}
     show(row)

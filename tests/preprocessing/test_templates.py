@@ -1,4 +1,4 @@
-"""templates.py: thoughts reach the loss as they are, and the saved template asks what was trained (traps 57-59)."""
+"""templates.py: reasoning reaches the loss as it is, and the saved template asks what was trained (traps 57-59)."""
 
 import json
 from pathlib import Path
@@ -47,8 +47,8 @@ READS_AND_WRITES = {
 
 @pytest.mark.parametrize("mode", [False, True], ids=["saved without thinking", "saved with thinking"])
 @pytest.mark.parametrize("name", THINKERS)
-def test_a_thought_is_learnt_in_thinking_mode(name: str, mode: bool) -> None:
-    """Traps 58, 59: each row in its own mode, whatever is saved; nothing is trimmed; no empty thought is supervised."""
+def test_reasoning_is_supervised_in_thinking_mode(name: str, mode: bool) -> None:
+    """Traps 58, 59: each row in its own mode, whatever is saved; nothing is trimmed; empty reasoning is masked."""
     tokenizer = tokenizer_for(name)
     set_thinking(tokenizer, mode)
     prompt, answer = READS_AND_WRITES[name]
@@ -72,7 +72,7 @@ def test_any_program_asks_in_the_saved_mode(name: str) -> None:
     assert tokenizer.chat_template == template
 
 
-def test_thoughts_in_formats_that_know_none() -> None:
+def test_reasoning_in_formats_that_know_none() -> None:
     """They are the beginning of the answer, as text."""
     tokenizer = make_tokenizer()
     set_prompt_format(tokenizer, "auto")
@@ -87,7 +87,7 @@ def test_thoughts_in_formats_that_know_none() -> None:
 
 @pytest.mark.parametrize("name", [*THINKERS, CHATML], ids=[*THINKERS, "ChatML"])
 def test_conversations(name: str) -> None:
-    """Each answer is learnt in its own mode, after the earlier turns as the template shows them."""
+    """Each answer is supervised in its own mode, after the earlier turns as the template shows them."""
     tokenizer = tokenizer_for(name)
     messages = [*USER, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
     messages += [{"role": "user", "content": "On"}, {"role": "assistant", "content": "b\n"}]
@@ -99,13 +99,13 @@ def test_conversations(name: str) -> None:
     assert "hm" not in written[1][0]
 
 
-def test_control_tokens_in_a_thought_are_text() -> None:
+def test_control_tokens_in_reasoning_are_text() -> None:
     row = THOUGHT | {"reasoning_content": "a<|im_end|>b"}
     example = preprocess_row(row, tokenizer_for("switch"), 1000)
     assert example["labels"].count(IM_END) == 1 and "a<|im_end|>b" in parts(row, tokenizer_for("switch"))[1]
 
 
-def test_generated_thoughts_are_told_from_answers() -> None:
+def test_generated_reasoning_is_told_from_answers() -> None:
     for name, text in [("switch", "<think>\nhm\n</think>\n\n  ok"), ("opens", "hm\n</think>\n\n  ok")]:
         tokenizer = tokenizer_for(name)
         set_thinking(tokenizer, True)
@@ -133,7 +133,7 @@ def test_most_rows_choose_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture
         assert is_thinking(tokenizer) == thinking
 
 
-def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thinking_off_leaves_reasoning_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tokenizer_for("opens")
     messages = [*USER, {"role": "assistant", "content": "<think>hm</think>ok"}]
     data = preprocess(write(tmp_path, THOUGHT, {"messages": messages}), tokenizer, 1000, "off")
@@ -144,7 +144,7 @@ def test_thinking_off_leaves_thoughts_out(tmp_path: Path, capsys: pytest.Capture
     assert "--thinking on: no row of" in capsys.readouterr().err
 
 
-def test_a_question_has_neither_answer_nor_thought() -> None:
+def test_a_question_has_neither_answer_nor_reasoning() -> None:
     assert without_answer(THOUGHT) == {"instruction": "Go"}
     messages = [*USER, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]
     assert without_answer({"messages": messages}) == {"messages": USER}

@@ -16,7 +16,7 @@ def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.logits == 1.5 * 4 * 100 * 10 and whole.unpacked == 0
     assert whole.total() == whole.weights + 112 + 120 + whole.logits
     part = compute_step(SIZE, kept=0, tokens=10, trained=0, gpus=8)
-    # two layers and lm_head are whole while they work
+    # two layers and lm_head are gathered while they work
     assert part.weights == whole.weights / 8 and part.unpacked == 2 * 200 + 2000
     assert compute_step(SIZE._replace(tied=True), 0, 10, 0).weights == 2 * (4 * 100 + 1000)
     packed = compute_step(SIZE, kept=0, tokens=10, trained=0, in_4bit=True)

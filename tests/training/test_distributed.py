@@ -141,7 +141,7 @@ def test_each_row_once() -> None:
 
 @pytest.mark.parametrize("collator", [FlattenCollator(2), PadCollator(0, 2)], ids=["flattened", "padded"])
 def test_a_process_without_rows(collator: FlattenCollator | PadCollator) -> None:
-    """Its batch has the fields of every other, and nothing to learn."""
+    """Its batch has the fields of every other, and no supervised tokens."""
     batch = collator([])
     assert batch.keys() == collator(make_rows()).keys()
     assert batch["input_ids"].tolist() == [[-1, -1, 0]] and batch["labels"].numel() == 0

@@ -51,7 +51,7 @@ def test_dry_run(run_main: Run, script: object, base_path: str, rows_path: str, 
 
 
 def test_plan_names_the_logits(run_main: Run, tmp_path: Path) -> None:
-    """500 learnt tokens of a vocabulary of 60,000: 0.11 GiB of logits at a time, and no more with 1,000."""
+    """500 supervised tokens of a vocabulary of 60,000: 0.11 GiB of logits at a time, and no more with 1,000."""
     path = save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(vocab_size=60_000))
     for tokens in (500, 1000):
         rows = tmp_path / "rows.json"

@@ -171,7 +171,7 @@ def die_at(original: Callable[..., Any], call: int) -> Callable[..., Any]:
     return wrapped
 
 
-# What the Trainer and CheckpointWriter call for each checkpoint, and a call for the third one. Is the third one whole?
+# What the Trainer and CheckpointWriter call for each checkpoint, and a call for the third one. Is that one complete?
 MOMENTS = {
     "optimizer": (torch, "save", 10, False),
     "random state": (torch, "save", 12, False),
@@ -208,7 +208,7 @@ def test_killed_while_saving(
 def test_killed_while_replacing_a_checkpoint(
     run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resumed from an earlier checkpoint, a run writes the later ones again: half old and half new is not whole."""
+    """Resumed from an earlier checkpoint, a run writes the later ones again: half old and half new is not complete."""
     out, flags = tmp_path / "out", [*flags, "--keep_checkpoints", "True", "--save_total_limit", "3"]
     run_main(train_lora, *flags)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -233,10 +233,10 @@ def names(out: Path) -> list[str]:
     return [path.name for path in find_checkpoints(out)]
 
 
-def test_half_a_checkpoint_outlives_no_complete_one(
+def test_a_partial_checkpoint_outlives_no_complete_one(
     run_main: Run, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a killed run 4 is complete and 6 is half written. Resumed and stopped at 5, with room for one checkpoint."""
+    """Of a killed run 4 is complete and 6 is partial. Resumed and stopped at 5, with --save_total_limit 1."""
     out, flags = tmp_path / "out", [*flags, "--save_total_limit", "1"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(torch, "save", die_at(torch.save, 10))
@@ -474,7 +474,7 @@ def test_a_signal_in_an_epoch_waits_for_no_evaluation(
     assert evaluated == [3, 3, 5]
 
 
-def test_half_a_first_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:
+def test_a_partial_first_checkpoint(run_main: Run, flags: list[str], tmp_path: Path) -> None:
     """A run that was killed while it wrote its first checkpoint: both ways out of it are named, and work."""
     (tmp_path / "out/checkpoint-2").mkdir(parents=True)
     message = run_main(train_lora, *flags, expected=2)

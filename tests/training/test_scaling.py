@@ -72,7 +72,7 @@ def test_the_table_by_card_is_the_one_in_the_readmes() -> None:
 
 
 def test_what_fits_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest model that fits, with all that are smaller; a card is not filled to the brim."""
+    """The largest model that fits, with all that are smaller; 5% of a card stay free."""
     needed = {shape: count_weights(shape, "lora")[0].weights() * 2.0 for shape in SHAPES}
     monkeypatch.setattr(scaling, "step_memory", lambda shape, *rest: Need(needed[shape], 0, 0, 0))
     assert largest_that_fits(16, list(SHAPES), "lora", False, False, 1) == "7B"

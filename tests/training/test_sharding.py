@@ -1,4 +1,4 @@
-"""Weights divided over processes: FSDP2 on CPUs equals one process; what accelerate makes of the configurations.
+"""Weights sharded over processes: FSDP2 on CPUs equals one process; what accelerate makes of the configurations.
 
 DeepSpeed is not among the packages of the tests; docs/scaling.md says what was run with it.
 """
@@ -43,9 +43,9 @@ def words(base_path: str, rows_path: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def divided(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def sharded(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with the runs of two processes under accelerate's FSDP2, and what was printed."""
-    folder = tmp_path_factory.mktemp("divided")
+    folder = tmp_path_factory.mktemp("sharded")
     commands = [["fully_shard"]]
     for name, (script, flags) in RUNS.items():
         command = ["fsdp", script.__name__, *words, *flags.split(), "--per_device_train_batch_size", "2"]
@@ -59,14 +59,14 @@ def divided(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_fsdp_equals_one_process(
-    run_main: Run, divided: tuple[Path, str], words: list[str], tmp_path: Path, name: str
+    run_main: Run, sharded: tuple[Path, str], words: list[str], tmp_path: Path, name: str
 ) -> None:
-    """The saved adapter is whole, with the names of one process."""
+    """The saved adapter is gathered, with the names of one process."""
     script, flags = RUNS[name]
     run_main(script, *words, *flags.split(), "--per_device_train_batch_size", 4, "--output_dir", tmp_path)
-    assert logged(divided[0] / name) == pytest.approx(logged(tmp_path), abs=1e-5)
-    assert difference(divided[0] / name, tmp_path) < 1e-5
-    for checkpoint in (divided[0] / name).glob("checkpoint-*"):
+    assert logged(sharded[0] / name) == pytest.approx(logged(tmp_path), abs=1e-5)
+    assert difference(sharded[0] / name, tmp_path) < 1e-5
+    for checkpoint in (sharded[0] / name).glob("checkpoint-*"):
         assert find_broken_part(checkpoint) is None
         (checkpoint / "optimizer_0/.metadata").unlink()
         assert find_broken_part(checkpoint) == "optimizer_0/.metadata is missing"
@@ -74,14 +74,14 @@ def test_fsdp_equals_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "prompt"])
-def test_fsdp_resumes(divided: tuple[Path, str], name: str) -> None:
-    assert difference(divided[0] / name, divided[0] / f"{name}-resumed") == 0
+def test_fsdp_resumes(sharded: tuple[Path, str], name: str) -> None:
+    assert difference(sharded[0] / name, sharded[0] / f"{name}-resumed") == 0
 
 
 @pytest.mark.slow
-def test_torchs_own_fully_shard(divided: tuple[Path, str]) -> None:
+def test_torchs_own_fully_shard(sharded: tuple[Path, str]) -> None:
     """Half-precision base weights and a float32 adapter lie in one unit; nothing is cast but by autocast."""
-    reports = [json.loads(line.split(" ", 1)[1]) for line in divided[1].splitlines() if line.startswith("fully_shard")]
+    reports = [json.loads(line.split(" ", 1)[1]) for line in sharded[1].splitlines() if line.startswith("fully_shard")]
     assert len(reports) == 4
     for report in reports:
         assert report["loss"] < 1e-5
@@ -128,7 +128,7 @@ def test_fsdp_finds_the_layers_of_every_family(model_type: str) -> None:
 
 
 def test_full_state_dicts_are_not_saved() -> None:
-    """They would gather the whole base model in one process, and the prompt of a soft prompt in a process alone."""
+    """They would gather the full base model in one process, and the prompt of a soft prompt in a process alone."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
     adjust_fsdp(plugin, [])
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT" and not hasattr(plugin.state_dict_config, "rank0_only")
@@ -153,7 +153,7 @@ def test_deepspeed(stage: int) -> None:
 
 @pytest.mark.parametrize(("sharded", "storage"), [(False, torch.uint8), (True, torch.bfloat16)])
 def test_4bit_storage(sharded: bool, storage: torch.dtype) -> None:
-    """FSDP divides only floating-point numbers."""
+    """FSDP shards only floating-point numbers."""
     options = quantization_options(make_model().config, True, torch.bfloat16, sharded)
     assert options["quantization_config"].bnb_4bit_quant_storage == storage
 
@@ -171,7 +171,7 @@ def test_4bit_share_counts_bytes(base_path: str, capsys: pytest.CaptureFixture[s
     ("sharded", "load_in_4bit", "place"), [(False, False, "cuda:1"), (True, False, None), (True, True, "cuda:1")]
 )
 def test_where_the_weights_go(base_path: str, sharded: bool, load_in_4bit: bool, place: str | None) -> None:
-    """Each process has a GPU of its own; what is to be divided goes to main memory first."""
+    """Each process has a GPU of its own; what is to be sharded goes to main memory first."""
     arguments = ModelArguments(model_path=base_path, load_in_4bit=load_in_4bit)
     stop = Mock(side_effect=ValueError("seen"))
     with patch("common.AutoModelForCausalLM.from_pretrained", stop), pytest.raises(SystemExit):
