@@ -76,6 +76,7 @@ def load_tokenizer(
         template = tokenizer.chat_template
         tokenizer = base_model.read_tokenizer(adapter_path, model_args.trust_remote_code)
         tokenizer.chat_template = tokenizer.chat_template or template
+    base_model.check_vocabulary(tokenizer, model_args.model_path)
     set_prompt_format(tokenizer, format_name or "auto")
     if adapter_path and not format_name:
         use_trained_format(tokenizer, adapter_path)

@@ -38,7 +38,7 @@ from finetuning.generation.labels import choose_labels
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
 from finetuning.model.base_model import check_model_path, checkpoint_dtype
-from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, load_adapter, read_adapter
+from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, find_adapter, load_adapter, read_adapter
 from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.flags import FORMATS, FieldArguments
 from finetuning.preprocessing.rows import Row, as_json, task_of
@@ -157,7 +157,9 @@ def load_for_inference(
     part of the result is the contents of adapter_info.json."""
     config, info = read_adapter(adapter_path) if adapter_path else ({}, {})
     if model_args.model_path is None:
-        model_args.model_path = config.get("base_model_name_or_path") or ModelArguments.model_path
+        if config and not config.get("base_model_name_or_path"):
+            fail(f"'{adapter_path}' does not say which base model it was trained on: name it with --model_path")
+        model_args.model_path = config.get("base_model_name_or_path", ModelArguments.model_path)
         check_model_path(model_args.model_path, f"the base model of '{adapter_path}'" if config else "--model_path")
     if model_args.load_in_4bit is None:
         model_args.load_in_4bit = info.get("quantization") is not None
@@ -215,6 +217,8 @@ def print_answers(
 
 def main() -> None:
     model_args, args = parse_inference_arguments(__doc__)
+    if args.adapter_path:
+        args.adapter_path = find_adapter(args.adapter_path)
     rows = read_questions(args)
     model, tokenizer, info = load_for_inference(model_args, args.adapter_path, args.prompt_format)
     labels = choose_labels(args.labels, rows, info.get("labels", {})) if args.labels else None

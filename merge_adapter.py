@@ -22,7 +22,7 @@ from finetuning.merging.merge import check_can_merge, export_adapter, write_merg
 from finetuning.merging.serving import choose_plain_start, find_converter, make_modelfile, write_gguf
 from finetuning.merging.verification import answer_alone, compare, load_served
 from finetuning.model.base_model import check_model_path
-from finetuning.model.folder import load_adapter, read_adapter
+from finetuning.model.folder import find_adapter, load_adapter, read_adapter
 from finetuning.model.hub import create_repository, upload
 from finetuning.preprocessing.encode import tokenize
 from finetuning.preprocessing.flags import FORMATS
@@ -65,9 +65,12 @@ class MergeArguments:
 def main() -> None:
     (args,) = ScriptParser((MergeArguments,), __doc__).parse()
     converter = find_converter(args.llama_cpp) if args.gguf else None
+    args.adapter_path = find_adapter(args.adapter_path)
     config, info = read_adapter(args.adapter_path)
     check_can_merge(args.adapter_path, config, args.export)
-    path = args.model_path or config.get("base_model_name_or_path") or ""
+    path = args.model_path or config.get("base_model_name_or_path")
+    if not path:
+        fail(f"'{args.adapter_path}' does not say which base model it was trained on: name it with --model_path")
     check_model_path(path, "--model_path" if args.model_path else f"the base model of '{args.adapter_path}'")
     base = Checkpoint(path)
     base.check_not_quantised()

@@ -258,6 +258,32 @@ def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_pa
     assert "safetensors" in message
 
 
+def test_what_is_no_adapter(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:
+    """Trap 104: a whole model, a pickle, a folder of adapters, one without its base, one of the hub."""
+
+    def ask(path: Any) -> str:
+        return run("--adapter_path", path, "--instruction", "a", expected=2)
+
+    assert f"it is a whole model: ask it with --model_path {base_path}" in ask(base_path)
+    folder = copy_adapter(adapter_path, tmp_path / "run")
+    assert f"perhaps you mean --adapter_path {folder}" in ask(tmp_path)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "pickled weights (.bin)" in ask(folder)
+    (folder / "adapter_model.bin").rename(folder / WEIGHTS)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "does not say which base model it was trained on" in ask(folder)
+    assert "cannot be downloaded" in ask("owner/name")
+
+
+def test_an_adapter_on_the_hub(
+    run: Run, adapter_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    download = Mock(return_value=adapter_path)
+    monkeypatch.setattr("finetuning.model.folder.snapshot_download", download)
+    assert run("--adapter_path", "owner/name", "--instruction", "a") and download.call_args.args == ("owner/name",)
+
+
 def test_missing_adapter_and_missing_base(run: Run, adapter_path: str, tmp_path: Path) -> None:
     """Traps 35 and 36: no look-up of a mistyped path on the hub."""
     assert "does not exist" in run("--adapter_path", tmp_path / "no", "--instruction", "a", expected=2)

@@ -359,6 +359,34 @@ def test_the_tokenizer_of_an_adapter(merge: Run, tmp_path: Path) -> None:
     assert merged("<happy>").input_ids == [260] and prompt_format(merged) == "chat"
 
 
+def test_names_without_prefix(merge: Run, tmp_path: Path) -> None:
+    """Trap 103: a checkpoint of the bare decoder, which has no `model.` before its names."""
+    base = save_base(tmp_path / "base", "qwen3 tied")
+    weights = {name.removeprefix("model."): each for name, each in load_file(Path(base, "model.safetensors")).items()}
+    save_file(weights, Path(base, "model.safetensors"), metadata={"format": "pt"})
+    save_random_adapter(base, tmp_path / "adapter", "lora")
+    assert read_difference(merge()) <= 1e-3
+
+
+def test_experts_of_transformers_4(merge: Run, tmp_path: Path) -> None:
+    """Trap 103: an adapter of each expert, of which PEFT makes one for all."""
+    base = save_base(tmp_path / "base", "qwen3_moe")
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(make_model("qwen3_moe"), config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    state = {name: tensor + 0.1 for name, tensor in load_file(file).items()}
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    change_file(tmp_path / "adapter/adapter_config.json", target_modules=targets, base_model_name_or_path=base)
+    for layer in range(2):
+        for expert in range(4):
+            for name, (size, out) in {"gate_proj": (32, 16), "up_proj": (32, 16), "down_proj": (16, 32)}.items():
+                path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+                state |= {f"{path}.lora_A.weight": torch.ones(8, size), f"{path}.lora_B.weight": torch.ones(out, 8)}
+    save_file(state, file)
+    assert "made with transformers 4" in merge(expected=2)
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.unverified").exists()
+
+
 # ---- adapters for engines that load them
 
 

@@ -49,7 +49,9 @@ class Checkpoint:
             ignored = [f"*{ending}" for ending in WEIGHT_FILES[1:]]
             self.folder = Path(snapshot_download(model_path, ignore_patterns=ignored))
         self.config = read_json(self.folder / "config.json")
-        shards = set(read_json(self.folder / INDEX).get("weight_map", {"": SINGLE}).values())
+        # transformers loads a single file even if there is an index too
+        self.index = {} if (self.folder / SINGLE).is_file() else read_json(self.folder / INDEX)
+        shards = set(self.index.get("weight_map", {"": SINGLE}).values())
         self.files: dict[str, str] = {}
         for shard in sorted(shards):
             with safe_open(self.folder / shard, "pt") as file:
@@ -61,8 +63,9 @@ class Checkpoint:
             self.dtype = embedding[:1].dtype  # and so that of most of its weights
 
     def name_of(self, name: str) -> str:
-        """The name here of a tensor of the text part."""
-        return name if name in self.files else name.replace(TEXT_PREFIX, MULTIMODAL_PREFIX, 1)
+        """The name here of a tensor of the text part, which may stand inside another, or alone."""
+        names = name, name.removeprefix(TEXT_PREFIX), name.replace(TEXT_PREFIX, MULTIMODAL_PREFIX, 1)
+        return next((each for each in names if each in self.files), names[-1])
 
     def size_in(self, dtype: torch.dtype) -> float:
         """About how many bytes a copy takes, with an output layer of its own, which a soft prompt may need."""
@@ -162,7 +165,7 @@ def write_weights(
         shutil.copymode(output / "config.json", output / shard)  # safetensors gives only the owner access
         places |= dict.fromkeys(tensors, shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    if index := read_json(base.folder / INDEX):
+    if index := base.index:
         index["metadata"] = index.get("metadata", {}) | {"total_size": size}
         write_json(output / INDEX, index | {"weight_map": dict(sorted(places.items()))})
 

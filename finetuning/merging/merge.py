@@ -141,7 +141,12 @@ def lora_changes(model: PeftModel, adapter_path: str, base: Checkpoint) -> dict[
                 new = file.get_tensor(key)
                 changes[base.name_of(name)] = lambda _, new=new: new
                 continue
-            layer = base_model.get_submodule(module)
+            try:
+                layer = base_model.get_submodule(module)
+            except AttributeError:  # PEFT makes one adapter of all experts out of theirs
+                fail(
+                    f"'{adapter_path}' was made with transformers 4, expert by expert; it cannot be merged, only asked"
+                )
             if isinstance(layer, ParamWrapper):
                 changes |= expert_changes(base_model, layer, f"{name}.{layer.parameter_name}", base)
                 continue

@@ -41,8 +41,27 @@ def check_model_path(model_path: str, source: str = "--model_path") -> None:
         problem = find_problem(path)
         if problem:
             fail(f"{source}, '{model_path}', {problem}")
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) or Path(path.parts[0]).exists():
-        fail(f"{source}, '{model_path}', does not exist; name the folder of a Qwen with --model_path, or a hub name")
+    elif not is_hub_name(model_path):
+        kind = "is a file" if path.is_file() else "does not exist"
+        remedy = "name the folder of a Qwen with --model_path, or a hub name such as Qwen/Qwen2.5-7B-Instruct"
+        if path.suffix == ".gguf":
+            kind = "is a GGUF file, made for llama.cpp"
+        elif url := re.match(r"https?://[\w.-]+/([\w.-]+/[\w.-]+)", model_path):
+            kind, remedy = "is an address", f"write --model_path {url[1]}"
+        elif path.expanduser().exists():
+            remedy = f"the shell has not replaced the ~; write --model_path {path.expanduser()}"
+        fail(f"{source}, '{model_path}', {kind}; {remedy}")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no folder may be one on the hub: owner/name, in no folder that is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name.split("/")[0]).exists()
+
+
+def newest_folder(folder: Path, name: str) -> Path | None:
+    """The subfolder in which a file of this name was written last, such as a snapshot in the cache of the hub."""
+    files = [path for path in folder.rglob(name) if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -56,13 +75,19 @@ def find_problem(folder: Path) -> str | None:
             return (
                 "is an adapter, not a base model; name its base model here (inference.py --adapter_path takes adapters)"
             )
-        return "has no config.json: it is not a checkpoint that transformers can load"
+        inside = newest_folder(folder, "config.json")
+        hint = f"; perhaps you mean '{inside}'" if inside else ""
+        return f"has no config.json: it is not a checkpoint that transformers can load{hint}"
     if not has_tokenizer(folder):
         return f"has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); download those files too"
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return describe_broken(file)
     files = set(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files |= {folder / name for name in shards}
+    for index in folder.glob("*.safetensors.index.json") if not (folder / "model.safetensors").is_file() else ():
+        files |= {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
     if not files:
         kind = "only pickled weights (.bin), which can run code" if any(folder.glob("*.bin")) else "no weights"
         return f"has {kind}; download its .safetensors files, or convert it with save_pretrained"
@@ -73,10 +98,15 @@ def find_problem(folder: Path) -> str | None:
             with safe_open(file, "pt"):  # compares the header with the file's size
                 pass
         except SafetensorError:
-            pointer = file.read_bytes()[:64].startswith(b"version https://git-lfs")
-            what = "only a Git LFS pointer" if pointer else f"not complete ({file.stat().st_size:,} bytes)"
-            return f"has a {file.name} that is {what}; download it again" + (", with git lfs pull" if pointer else "")
+            return describe_broken(file)
     return None
+
+
+def describe_broken(file: Path) -> str:
+    with file.open("rb") as content:
+        pointer = content.read(64).startswith(b"version https://git-lfs")
+    what = "only a Git LFS pointer" if pointer else f"not complete ({file.stat().st_size:,} bytes)"
+    return f"has a {file.name} that is {what}; download it again" + (", with git lfs pull" if pointer else "")
 
 
 def quantization_options(
@@ -113,12 +143,16 @@ def quantization_options(
 
 def checkpoint_dtype(model_path: str) -> str | None:
     """The dtype that a checkpoint's config.json names, such as "bfloat16"; None if there is none to be read."""
+    return read_config(model_path, "dtype") or read_config(model_path, "torch_dtype")
+
+
+def read_config(model_path: str, name: str) -> Any:
+    """A field of a checkpoint's config.json, or of the part that is its text model's; None if there is none."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(model_path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         return None  # loading the model will say what is wrong
-    parts = (config.get("text_config", {}), config)
-    return next((part[name] for part in parts for name in ("dtype", "torch_dtype") if part.get(name)), None)
+    return config.get("text_config", {}).get(name) or config.get(name)
 
 
 def four_bit_flag(config: PreTrainedConfig, load_in_4bit: bool) -> list[str]:
@@ -140,8 +174,18 @@ def read_tokenizer(folder: str, trust_remote_code: bool) -> PreTrainedTokenizerB
     """The tokenizer of a base model or of an adapter, in a folder or on the hub."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
         fail(f"'{folder}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
+    """Refuse a tokenizer with ids for which the model has no embedding."""
+    largest, rows = max(tokenizer.get_vocab().values()), read_config(model_path, "vocab_size")
+    if rows and largest >= rows:
+        fail(
+            f"'{tokenizer.name_or_path}': the tokenizer has ids up to {largest:,}, and the model in '{model_path}' has "
+            f"embeddings for {rows:,};\nthey do not belong together: download both again"
+        )
 
 
 @contextmanager

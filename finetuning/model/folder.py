@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from finetuning.cli.commands import command_line, resume_command
 from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.distributed import gathered, whole_copy
+from finetuning.model.base_model import is_hub_name, newest_folder
 from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints, quantization
 from finetuning.model.multimodal import WEIGHTS, map_to_text_part
 from finetuning.model.soft_prompts import SoftPromptModel
@@ -198,6 +200,21 @@ def last_complete(output_dir: str | Path) -> Path | None:
     return next((path for path in find_checkpoints(output_dir) if not find_broken_part(path)), None)
 
 
+def find_adapter(adapter_path: str) -> str:
+    """The folder of an adapter, which is downloaded if it is named as on the hub."""
+    if Path(adapter_path).is_dir():
+        return adapter_path
+    if not is_hub_name(adapter_path):
+        fail(
+            f"adapter folder '{adapter_path}' does not exist; name the folder that a training run has saved,\n"
+            "or ask the base model alone with --model_path"
+        )
+    try:
+        return snapshot_download(adapter_path, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"])
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"adapter '{adapter_path}' is no folder here, and cannot be downloaded: {first_line(error)}")
+
+
 def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Check that a folder holds a complete adapter with finite weights, and read its two JSON files.
 
@@ -205,14 +222,13 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         PEFT's configuration, and the contents of adapter_info.json ({} for an adapter that another program wrote).
     """
     folder = Path(adapter_path)
-    if not folder.is_dir():
-        fail(
-            f"adapter folder '{adapter_path}' does not exist; name the folder that a training run has saved,\n"
-            "or ask the base model alone with --model_path"
-        )
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        checkpoint = last_complete(folder)
-        hint = f"; it holds a checkpoint: --adapter_path {checkpoint}" if checkpoint else ""
+        inside = last_complete(folder) or newest_folder(folder, CONFIG)
+        hint = f"; perhaps you mean --adapter_path {inside}" if inside and inside != folder else ""
+        if (folder / "config.json").is_file():
+            hint = f"; it is a whole model: ask it with --model_path {adapter_path}"
+        elif (folder / "adapter_model.bin").is_file():
+            hint = "; it has pickled weights (.bin), which can run code: save them as safetensors where they come from"
         fail(f"'{adapter_path}' holds no {missing[0]}: it is not a finished adapter{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -252,6 +268,8 @@ def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) ->
     saved = template.read_text(encoding="utf-8") if template.is_file() else None
     if saved is None and config.is_file():
         saved = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(saved, list):  # several, by name
+        saved = {each["name"]: each["template"] for each in saved}.get("default")
     if saved:
         tokenizer.chat_template = saved
         set_thinking(tokenizer, is_thinking(tokenizer))  # the template of an older adapter does not say it itself

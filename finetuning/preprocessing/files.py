@@ -98,6 +98,8 @@ def find_local(path: str) -> list[str]:
         raise DataError(f"'{path}' is not a file, and as a folder it has no data files (.json, .csv, .parquet, ...)")
     if not files:
         hint = "; no file matches this pattern" if set(path) & set("*?[") else ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).suffix:
+            hint = f"; for a data set on the hub write hf://datasets/{path}/*.parquet, or the path of its files there"
         raise DataError(f"data file '{path}' does not exist{hint}")
     return sorted(files, key=natural_order)
 
@@ -117,7 +119,7 @@ def download(url: str) -> list[str]:
                 raise DataError(f"'{url}': write it as hf://datasets/owner/name/path/in/the/repository.json")
             revision = match[2] and unquote(match[2])
             files.append(hf_hub_download(match[1], match[3], repo_type="dataset", revision=revision))
-    except OSError as error:
+    except (OSError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
         raise DataError(f"'{url}' cannot be downloaded: {first_line(error)}") from None
     if not files:
         raise DataError(f"data file '{url}' does not exist; no file matches this pattern")

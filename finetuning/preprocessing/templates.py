@@ -58,6 +58,8 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     attention cannot teach it (Qwen3#1064), so `auto` gives it the plain format, whatever template it brings. The
     template of a merged checkpoint stays as it is.
     """
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if name == "auto" and isinstance(tokenizer.chat_template, str) and MERGED_MARK in tokenizer.chat_template:
         return
     if name == "auto":

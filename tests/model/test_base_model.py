@@ -5,19 +5,22 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import REPOSITORY, STEP, Run, make_model, make_tokenizer, save_checkpoint
+from support import CHATML, REPOSITORY, STEP, Run, make_model, make_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 import inference
 import train_lora
-from common import load_model
+from common import load_model, load_tokenizer
 from finetuning.cli.arguments import ModelArguments
+from finetuning.merging.checkpoint_copy import Checkpoint
+from finetuning.model import base_model
 from finetuning.model.base_model import loading_report
 
 IDS = torch.tensor([[*b"Instruction: Say sun\nOutput: sun"]])
@@ -156,6 +159,19 @@ def as_adapter(folder: Path) -> None:
 def without_a_shard(folder: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / WEIGHTS).unlink()
+
+
+def as_snapshot(folder: Path) -> None:
+    snapshot = folder / "models--Qwen--Qwen3-0.6B/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (folder / "config.json").rename(snapshot / "config.json")
+
+
+def with_more_tokens(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(8)])
+    tokenizer.save_pretrained(folder)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -179,6 +195,20 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "pointer": (lambda folder: (folder / WEIGHTS).write_bytes(POINTER), ["Git LFS pointer", "git lfs pull"]),
     "lost shard": (without_a_shard, ["lacks model-00001-of-00002.safetensors"]),
+    "index is a pointer": (
+        lambda folder: (folder / "model.safetensors.index.json").write_bytes(POINTER),
+        ["has a model.safetensors.index.json that is only a Git LFS pointer"],
+    ),
+    "half a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:500]),
+        ["has a tokenizer.json that is not complete (500 bytes); download it again"],
+    ),
+    "half a configuration": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2",'),
+        ["has a config.json that is not complete (23 bytes)"],
+    ),
+    "cache of the hub": (as_snapshot, ["no config.json", "perhaps you mean '", "/snapshots/0123'"]),
+    "more tokens than embeddings": (with_more_tokens, ["ids up to 267", "embeddings for 264"]),
     "no tokenizer": (without_tokenizer, ["has no tokenizer", "tokenizer.json"]),
     "pickle": (as_pickle, ["only pickled weights", "safetensors"]),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["has no weights"]),
@@ -199,6 +229,45 @@ def test_what_cannot_be_loaded(run_main: Run, folder: Path, damage: Callable[[Pa
         assert str(folder) in message
         for word in words:
             assert word in message
+
+
+def test_what_is_no_folder(run_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 104: it is called what it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "qwen.gguf").write_bytes(b"GGUF")
+    (tmp_path / "models").mkdir()
+    for path, words in {
+        tmp_path / "qwen.gguf": "is a GGUF file, made for llama.cpp",
+        "~/models": f"write --model_path {tmp_path}/models",
+        "https://huggingface.co/Qwen/Qwen3-8B/tree/main": "write --model_path Qwen/Qwen3-8B",
+        "qwen2.5:7b": "or a hub name such as Qwen/",
+    }.items():
+        assert words in run_main(train_lora, "--model_path", path, "--output_dir", tmp_path / "out", expected=2)
+
+
+def test_several_templates(folder: Path) -> None:
+    """Trap 104: a list of named ones, of which transformers takes the default."""
+    change_file = folder / "tokenizer_config.json"
+    templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ 1 }}"}]
+    content = json.loads(change_file.read_text(encoding="utf-8")) | {"chat_template": templates}
+    (folder / "chat_template.jinja").unlink()
+    change_file.write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(ModelArguments(str(folder)), "chat").chat_template == CHATML
+
+
+def test_a_proxy_that_lacks_a_package(run_main: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 102: also if the model is in the cache."""
+    message = "Using SOCKS proxy, but the 'socksio' package is not installed: `pip install httpx[socks]`"
+    monkeypatch.setattr(base_model.AutoTokenizer, "from_pretrained", Mock(side_effect=ImportError(message)))
+    assert "httpx[socks]" in run_main(inference, "--model_path", folder, "--instruction", "a", expected=2)
+
+
+def test_a_single_file_beside_an_index(folder: Path) -> None:
+    """Trap 103: transformers loads the file, and so does merging."""
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    load_model(ModelArguments(str(folder)), torch.float32, CPU)
+    assert set(Checkpoint(str(folder)).files.values()) == {WEIGHTS}
 
 
 def test_what_transformers_logs_while_loading(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             (tmp_path / f"checkpoint-{step}/adapter_info.json").write_text("{}")
     with pytest.raises(SystemExit):
         read_adapter(str(tmp_path))
-    assert capsys.readouterr().err.endswith(f"it holds a checkpoint: --adapter_path {tmp_path}/checkpoint-4\n")
+    assert capsys.readouterr().err.endswith(f"perhaps you mean --adapter_path {tmp_path}/checkpoint-4\n")
 
 
 @pytest.mark.parametrize("change", ["renamed", "one less", "one more"])
