@@ -80,7 +80,7 @@ def check(case: Case) -> str:
     assert all(word in message for word in case.words), (case.what, case.words, message)
     if code:
         known = INFERENCE_FLAGS if case.script is inference else TRAINING_FLAGS
-        advised = set(re.findall(r"(?<!train with )(?<!inference.py )--(\w+)", message)) - {"local"}
+        advised = set(re.findall(r"(?<!\w)(?<!train with )(?<!inference.py )--(\w+)", message)) - {"local"}
         assert advised <= known, (case.what, advised - known)
     return re.sub(r"\b\d+\.\d+\b|(?<=in )\d+(?= s)|[\d,]+(?= tokens/s)", "N", message.strip())
 
