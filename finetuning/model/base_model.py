@@ -47,9 +47,9 @@ def check_model_path(model_path: str, source: str = "--model_path") -> None:
         if path.suffix == ".gguf":
             kind = "is a GGUF file, made for llama.cpp"
         elif url := re.match(r"https?://[\w.-]+/([\w.-]+/[\w.-]+)", model_path):
-            kind, remedy = "is an address", f"write --model_path {url[1]}"
-        elif path.expanduser().exists():
-            remedy = f"the shell has not replaced the ~; write --model_path {path.expanduser()}"
+            remedy = f"write --model_path {url[1]}"
+        elif model_path.startswith("~"):
+            remedy = f"the shell replaces ~ only outside quotes: write --model_path {path.expanduser()}"
         fail(f"{source}, '{model_path}', {kind}; {remedy}")
 
 
@@ -59,8 +59,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def newest_folder(folder: Path, name: str) -> Path | None:
-    """The subfolder in which a file of this name was written last, such as a snapshot in the cache of the hub."""
-    files = [path for path in folder.rglob(name) if path.is_file()]
+    """The subfolder in which a file of this name was written last, such as a snapshot in the cache of the hub.
+
+    Three levels are searched: a mistyped path may be a whole disk.
+    """
+    files = [path for depth in (1, 2, 3) for path in folder.glob("*/" * depth + name)]
     return max(files, key=lambda path: path.stat().st_mtime).parent if files else None
 
 
