@@ -52,6 +52,9 @@ def start_run(args: Arguments) -> None:
         checkpoints.check_output_dir(args.training.output_dir, allowed=bool(allowed))
     set_seed(args.training.seed)
     training = args.training
+    if training.should_save and training.resume_from_checkpoint and not only_looks:
+        chosen = checkpoints.choose_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        training.resume_from_checkpoint = str(chosen)
     if args.push_to_hub and training.should_save and not only_looks:
         names = training.hub_model_id, training.output_dir
         training.hub_model_id = create_repository(*names, training.hub_token, training.hub_private_repo)

@@ -318,7 +318,7 @@ def take_first(fields: Row, names: tuple[str, ...]) -> Any:
 
 def check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        remedy = "write it, or remove the row" if value is None else "put it in quotes"
+        remedy = "write it, or remove the row" if value is None else "write the word it stands for"
         if isinstance(value, list | dict):
             remedy = "a row holds one text for each field, not a column"
         raise DataError(f"{where} is {describe(value)}, not text; {remedy}")

@@ -225,6 +225,19 @@ def remove_checkpoints(output_dir: str) -> None:
         shutil.rmtree(folder)
 
 
+def choose_checkpoint(output_dir: str, wanted: str) -> Path:
+    """The folder `wanted` or, for "True", the newest complete checkpoint; exits with code 2 if there is none."""
+    for folder in find_checkpoints(output_dir) if wanted.lower() == "true" else [Path(wanted)]:
+        broken = find_broken_part(folder)
+        if broken is None:
+            return folder
+        warn(f"checkpoint '{folder}' is not complete ({broken})")
+    fail(
+        f"--resume_from_checkpoint {wanted}: there is no complete checkpoint to resume from;\n"
+        "leave the flag out, or start anew with --overwrite_output_dir True"
+    )
+
+
 def find_resume_checkpoint(
     output_dir: str, wanted: str | None, model: PeftModel, adapter_files: dict[str, str]
 ) -> str | None:
@@ -239,17 +252,7 @@ def find_resume_checkpoint(
     """
     if not wanted:
         return None
-    candidates = find_checkpoints(output_dir) if wanted.lower() == "true" else [Path(wanted)]
-    for folder in candidates:
-        broken = find_broken_part(folder)
-        if broken is None:
-            break
-        warn(f"checkpoint '{folder}' is not complete ({broken})")
-    else:
-        fail(
-            f"--resume_from_checkpoint {wanted}: there is no complete checkpoint to resume from;\n"
-            "leave the flag out, or start anew with --overwrite_output_dir True"
-        )
+    folder = choose_checkpoint(output_dir, wanted)
     config, saved = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, INFO))
     own_config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))  # sets as lists
     info = json.loads(adapter_files[INFO])

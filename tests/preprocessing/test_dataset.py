@@ -173,7 +173,7 @@ def test_a_bad_row_stops_the_run_at_once(path: str, tmp_path: Path, cache: Any, 
         file.write('{"instruction": "a", "output": 5}\n')
     with pytest.raises(SystemExit) as stop:
         cache(path, preprocessing_num_workers=2)
-    message = f"error: {path}: line 21: 'output' is the number 5, not text; put it in quotes\n"
+    message = f"error: {path}: line 21: 'output' is the number 5, not text; write the word it stands for\n"
     assert stop.value.code == 2 and capsys.readouterr().err == message
     assert not entries(tmp_path)
     assert cache(path, max_rows=20, preprocessing_num_workers=2).summary.rows == 20
