@@ -461,6 +461,8 @@ MUTANTS = [
     Mutant("finetuning/model/base_model.py", "            return describe_broken(file)\n    files", "            pass\n    files", "test_base_model loaded"),
     Mutant("finetuning/merging/checkpoint_copy.py", "{} if (self.folder / SINGLE).is_file() else read_json", "read_json", "test_base_model beside"),
     Mutant("finetuning/merging/checkpoint_copy.py", "name, name.removeprefix(TEXT_PREFIX), name.replace", "name, name.replace", "test_merge_adapter without_prefix"),
+    Mutant("finetuning/training/flags.py", "            if not is_out_of_memory(error):  # of a GPU", "            if True:  # of a GPU", "test_flags others"),
+    Mutant("finetuning/cli/arguments.py", "            if not names:\n                raise\n", "", "test_flags others"),
     Mutant("inference.py", 'if config and not config.get("base_model_name_or_path"):', "if False:", "test_inference no_adapter"),
     Mutant("finetuning/preprocessing/templates.py", "if isinstance(tokenizer.chat_template, dict):", "if False:", "test_base_model several"),
     # flags are tried

@@ -16,6 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from finetuning.cli.arguments import ModelArguments, ScriptParser, flag
 from finetuning.cli.console import fact, fail, first_line, is_main_process, say
+from finetuning.cli.memory import is_out_of_memory
 from finetuning.distributed import check_engine, count_processes, engine_asked_for, say_how_many
 from finetuning.preprocessing.flags import DataArguments
 
@@ -198,6 +199,9 @@ def try_out(args: TrainingArguments) -> None:
             args.save_strategy, args.eval_delay = "no", 0
             args.eval_strategy = "no" if args.eval_strategy == "no" else "epoch"
             trainer.train()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):  # of a GPU that others fill: loading the model says what to do
+                raise
         finally:
             logging.disable(logging.NOTSET)
 

@@ -6,10 +6,12 @@ import random
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_origin
+from unittest.mock import Mock
 
 import pytest
+import torch
 from support import Run
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import train_lora
 from finetuning.training.flags import Arguments, parse_arguments
@@ -112,6 +114,15 @@ def test_wrong_values(capsys: pytest.CaptureFixture[str]) -> None:
     """Trap 99: of fifty flags, none with a traceback."""
     messages = [refusal(capsys, f"--{name}", value) for name, value in random.Random(1).sample(VALUES, 50)]
     assert len(list(filter(None, messages))) > 10
+
+
+def test_memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is full is no wrong flag: loading the model says what to do."""
+    monkeypatch.setattr(Trainer, "train", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    parse()
+    monkeypatch.setattr(Trainer, "train", Mock(side_effect=RuntimeError("a bug of ours")))
+    with pytest.raises(RuntimeError, match="a bug of ours"):  # no flag is to blame: it keeps its traceback
+        parse()
 
 
 @pytest.mark.slow
