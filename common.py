@@ -77,7 +77,7 @@ def load_tokenizer(
     tokenizer = base_model.read_tokenizer(model_args.model_path, model_args.trust_remote_code)
     if adapter_path and base_model.has_tokenizer(Path(adapter_path)):
         template = tokenizer.chat_template
-        tokenizer = base_model.read_tokenizer(adapter_path, model_args.trust_remote_code)
+        tokenizer = base_model.read_tokenizer(adapter_path, model_args.trust_remote_code, "--adapter_path")
         tokenizer.chat_template = tokenizer.chat_template or template
     base_model.check_vocabulary(tokenizer, model_args.model_path)
     set_prompt_format(tokenizer, format_name or "auto")

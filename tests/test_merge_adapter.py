@@ -383,8 +383,7 @@ def test_experts_of_transformers_4(merge: Run, tmp_path: Path) -> None:
                 path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
                 state |= {f"{path}.lora_A.weight": torch.ones(8, size), f"{path}.lora_B.weight": torch.ones(out, 8)}
     save_file(state, file)
-    assert "made with transformers 4" in merge(expected=2)
-    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.unverified").exists()
+    assert read_difference(merge()) <= 1e-3
 
 
 # ---- adapters for engines that load them

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import bitsandbytes
 import pytest
@@ -48,6 +49,12 @@ def advice(message: str, script: ModuleType) -> list[str]:
     _, _, remedies = message.partition("\nTry, in this order: ")
     assert set(re.findall(r"--(\w+)", remedies)) <= known
     return remedies.split("; ")
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags are not tried before: what the tests put into the Trainer is meant for the run."""
+    monkeypatch.setattr("finetuning.training.flags.try_out", Mock())
 
 
 @pytest.fixture

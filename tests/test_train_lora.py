@@ -286,8 +286,8 @@ def test_rows_held_out_are_evaluated_on_and_not_trained_on(
 
 
 def test_nothing_trained_is_an_error(run: Run, flags: list[str], tmp_path: Path) -> None:
-    """Trap 5, after the fact: an adapter equal to its start is not saved."""
-    assert "changed nothing" in run(*flags, "--learning_rate", 0, expected=1)
+    """Trap 5, after the fact: an adapter equal to its start is not saved. The first step of a warm-up has rate 0."""
+    assert "changed nothing" in run(*flags, "--max_steps", 1, "--warmup_steps", 10, expected=1)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

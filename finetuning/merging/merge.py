@@ -133,24 +133,18 @@ def lora_changes(model: PeftModel, adapter_path: str, base: Checkpoint) -> dict[
     base_model, changes = model.get_base_model(), {}
     with safe_open(Path(adapter_path, WEIGHTS), "pt") as file:
         for key in file.keys():
-            # an adapter of a multimodal class is loaded into the text part
-            full_name = key.removeprefix(PREFIX).replace(MULTIMODAL_PREFIX, TEXT_PREFIX, 1)
-            module, is_product, _ = full_name.partition(".lora_")
-            name = module.replace(".base_layer", "")
-            if not is_product:  # modules_to_save, and biases that were trained
+            if ".lora_" not in key:  # modules_to_save, and biases that were trained
+                # an adapter of a multimodal class is loaded into the text part
+                name = key.removeprefix(PREFIX).replace(MULTIMODAL_PREFIX, TEXT_PREFIX, 1).replace(".base_layer", "")
                 new = file.get_tensor(key)
                 changes[base.name_of(name)] = lambda _, new=new: new
-                continue
-            try:
-                layer = base_model.get_submodule(module)
-            except AttributeError:  # PEFT makes one adapter of all experts out of theirs
-                fail(
-                    f"'{adapter_path}' was made with transformers 4, expert by expert; it cannot be merged, only asked"
-                )
-            if isinstance(layer, ParamWrapper):
-                changes |= expert_changes(base_model, layer, f"{name}.{layer.parameter_name}", base)
-                continue
-            for parameter in ("weight", "bias") if key.endswith(".bias") else ("weight",):
+    # the layers, and not the keys: PEFT makes one adapter of all experts where transformers 4 had one of each
+    for module, layer in base_model.named_modules():
+        name = module.replace(".base_layer", "")
+        if isinstance(layer, ParamWrapper):
+            changes |= expert_changes(base_model, layer, f"{name}.{layer.parameter_name}", base)
+        elif isinstance(layer, LoraLayer):
+            for parameter in ("weight", "bias") if any(layer.lora_bias.values()) else ("weight",):
                 changes[base.name_of(f"{name}.{parameter}")] = partial(merged, layer, parameter)
     missing = sorted(changes.keys() - base.files.keys() - {HEAD})  # a tied output layer is not on disk
     if missing:
@@ -182,7 +176,8 @@ def expert_changes(model: PreTrainedModel, layer: ParamWrapper, name: str, base:
         return pieces.pop(piece)
 
     shape = layer.get_base_layer().get_parameter(layer.parameter_name).to("meta")
-    return {piece: partial(merge_expert, piece) for piece in revert_weight_conversion(model, {name: shape})}
+    names = revert_weight_conversion(model, {name: shape})
+    return {base.name_of(piece): partial(merge_expert, piece) for piece in names}
 
 
 def soft_prompt_changes(prompt: torch.Tensor, used: int, rows: int, embedding: str) -> dict[str, Change]:

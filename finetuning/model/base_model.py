@@ -173,12 +173,12 @@ def explain_loading_error(error: Exception) -> str:
     return first_line(error)
 
 
-def read_tokenizer(folder: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str, trust_remote_code: bool, source: str = "--model_path") -> PreTrainedTokenizerBase:
     """The tokenizer of a base model or of an adapter, in a folder or on the hub."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
-        fail(f"'{folder}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
+        fail(f"{source} '{folder}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:

@@ -135,7 +135,7 @@ def save_adapter(
             1,
         )
     if all(torch.equal(tensor, start[name]) for name, tensor in state.items()):
-        fail("training changed nothing in the adapter: it is not saved. Is --learning_rate 0?", 1)
+        fail("training changed nothing in the adapter: it is not saved. Was the learning rate 0?", 1)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output_dir))
     try:
         write_adapter(model, state, scratch)

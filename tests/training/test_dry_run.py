@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ CHECKPOINTING, IN_4BIT, ONE_ROW, NO_DROPOUT, HALF = (
     "--lora_dropout 0",
     "--max_length 300",
 )
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags are not tried before: what the tests put into the Trainer is meant for the run."""
+    monkeypatch.setattr("finetuning.training.flags.try_out", Mock())
 
 
 @pytest.fixture

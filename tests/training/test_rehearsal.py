@@ -5,6 +5,7 @@ import re
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ import train_lora
 import train_prompt_tuning
 from finetuning.training import dry_run
 from finetuning.training.dry_run import Rehearsal
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags are not tried before: what the tests put into the Trainer is meant for the run."""
+    monkeypatch.setattr("finetuning.training.flags.try_out", Mock())
 
 
 @pytest.fixture
