@@ -119,7 +119,7 @@ def parse_arguments(
     flags.push_to_hub, flags.save_total_limit = False, None
     args = Arguments(*parser.to_dataclasses(flags), **ours)
     check_combinations(args, evaluates)
-    parser.to_dataclasses(flags, lambda groups: try_out(groups[-1]))
+    parser.to_dataclasses(flags, lambda groups: try_out(groups[-1], evaluates))
     if args.training.n_gpu > 1:
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
@@ -169,13 +169,14 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: leave one of them out")
 
 
-def try_out(args: TrainingArguments) -> None:
+def try_out(args: TrainingArguments, evaluates: bool) -> None:
     """Train a model of a few weights for two steps, and evaluate it: what the Trainer would refuse, it refuses now.
 
     Nothing is printed or kept. FSDP and DeepSpeed, which could not divide so small a model, are not tried.
 
     Args:
         args: those of the run, in an object of its own, which is changed.
+        evaluates: whether there will be rows to evaluate on.
     """
     if engine_asked_for(args):
         return
@@ -191,7 +192,8 @@ def try_out(args: TrainingArguments) -> None:
         warnings.simplefilter("ignore")
         logging.disable()
         try:
-            trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[: args.world_size])
+            eval_rows = rows[: args.world_size] if evaluates else None
+            trainer = Trainer(model, args, train_dataset=rows, eval_dataset=eval_rows)
             trainer.remove_callback(PrinterCallback)
             trainer.get_train_dataloader()  # with workers, which are not started
             args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
