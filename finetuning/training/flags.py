@@ -119,7 +119,8 @@ def parse_arguments(
     flags.push_to_hub, flags.save_total_limit = False, None
     args = Arguments(*parser.to_dataclasses(flags), **ours)
     check_combinations(args, evaluates)
-    parser.to_dataclasses(flags, lambda groups: try_out(groups[-1], evaluates))
+    if not engine_asked_for(args.training):  # FSDP and DeepSpeed could not shard a model of a few weights
+        parser.to_dataclasses(flags, lambda groups: try_out(groups[-1], evaluates))
     if args.training.n_gpu > 1:
         # private, for want of a public way; or the Trainer would split each batch over all GPUs, in one slow process
         args.training._n_gpu = 1
@@ -172,14 +173,12 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
 def try_out(args: TrainingArguments, evaluates: bool) -> None:
     """Train a model of a few weights for two steps, and evaluate it: what the Trainer would refuse, it refuses now.
 
-    Nothing is printed or kept. FSDP and DeepSpeed, which could not divide so small a model, are not tried.
+    Nothing is printed or kept.
 
     Args:
         args: those of the run, in an object of its own, which is changed.
         evaluates: whether there will be rows to evaluate on.
     """
-    if engine_asked_for(args):
-        return
     sizes = {"hidden_size": 64, "intermediate_size": 64}  # 4,096 weights: smaller matrices have no 8-bit states
     layers = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=2, **sizes, **layers))
