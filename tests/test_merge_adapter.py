@@ -497,6 +497,7 @@ def test_mistakes(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_copy.shutil, "disk_usage", lambda path: Mock(free=100_000))
         assert "the result needs 0 MB, and 0 MB are free" in refused()
+    assert "cannot be downloaded" in refused("--model_path", "owner/name")
     assert "--check_rows 0" in refused("--check_rows", 0)
     assert "needs --llama_cpp" in refused("--gguf", True)
     assert "does not exist" in refused("--adapter_path", tmp_path / "none")

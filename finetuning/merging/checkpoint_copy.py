@@ -47,7 +47,10 @@ class Checkpoint:
         self.folder = Path(model_path)
         if not self.folder.is_dir():
             ignored = [f"*{ending}" for ending in WEIGHT_FILES[1:]]
-            self.folder = Path(snapshot_download(model_path, ignore_patterns=ignored))
+            try:
+                self.folder = Path(snapshot_download(model_path, ignore_patterns=ignored))
+            except (OSError, ValueError, ImportError) as error:
+                fail(f"the base model '{model_path}' is not here, and cannot be downloaded: {first_line(error)}")
         self.config = read_json(self.folder / "config.json")
         # transformers loads a single file even if there is an index too
         self.index = {} if (self.folder / SINGLE).is_file() else read_json(self.folder / INDEX)
