@@ -74,7 +74,7 @@ BAD_FILES = {
     "columns over lines": (json.dumps({"instruction": ["a"], "output": ["b"]}, indent=1), ["the file", "a list"]),
     "no output": (json.dumps([ROW, {"instruction": "a"}]), ["row 2", "no 'output'"]),
     "misspelt": (json.dumps([{"instuction": "a", "output": "b"}]), ["row 1", "'instuction'"]),
-    "number for text": (json.dumps([ROW, ROW | {"output": 5}]), ["row 2", "'output'", "the number 5", "quotes"]),
+    "number for text": (json.dumps([ROW, ROW | {"output": 5}]), ["row 2", "'output'", "the number 5", "the word"]),
     "null for text": (json.dumps([ROW | {"output": None}]), ["row 1", "'output'", "null"]),
     "boolean": (json.dumps([ROW | {"input": True}]), ["'input'", "the boolean true"]),
     "list for text": (json.dumps([ROW | {"instruction": ["a"]}]), ["'instruction'", "a list"]),
