@@ -321,7 +321,9 @@ def read_prompt(base_path: str, adapter: Path, format_name: str | None = None) -
     return tokenizer.decode(encode_question({"instruction": "Say sun"}, tokenizer))
 
 
-def test_the_template_of_another_tool(adapter_path: str, base_path: str, tmp_path: Path) -> None:
+def test_the_template_of_another_tool(
+    adapter_path: str, base_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trap 91: trained in ChatML on a base model; transformers 4 saves the template in tokenizer_config.json."""
     bare = foreign_adapter(adapter_path, tmp_path / "bare")
     in_config = foreign_adapter(adapter_path, tmp_path / "in_config")
@@ -334,6 +336,10 @@ def test_the_template_of_another_tool(adapter_path: str, base_path: str, tmp_pat
     chat = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSay sun<|im_end|>\n<|im_start|>assistant\n"
     assert read_prompt(base_path, bare, "chat") == read_prompt(base_path, in_config, "chat") == chat
     assert read_prompt(base_path, in_config, "plain") == "Instruction: Say sun"
+    (in_config / "tokenizer_config.json").write_text("{")
+    with pytest.raises(SystemExit):
+        read_prompt(base_path, in_config)
+    assert "tokenizer_config.json that is not complete" in capsys.readouterr().err
 
 
 def test_the_tokenizer_of_another_tool(run: Run, adapter_path: str, base_path: str, tmp_path: Path) -> None:

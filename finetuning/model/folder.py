@@ -28,7 +28,7 @@ from finetuning.cli.commands import command_line, resume_command
 from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.distributed import gathered, whole_copy
-from finetuning.model.base_model import is_hub_name, newest_folder
+from finetuning.model.base_model import describe_broken, is_hub_name, newest_folder
 from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints, quantization
 from finetuning.model.multimodal import WEIGHTS, map_to_text_part
 from finetuning.model.soft_prompts import SoftPromptModel
@@ -224,7 +224,7 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = Path(adapter_path)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         inside = last_complete(folder) or newest_folder(folder, CONFIG)
-        hint = f"; perhaps you mean --adapter_path {inside}" if inside and inside != folder else ""
+        hint = f"; perhaps you mean --adapter_path {inside}" if inside else ""
         if (folder / "config.json").is_file():
             hint = f"; it is a whole model: ask it with --model_path {adapter_path}"
         elif (folder / "adapter_model.bin").is_file():
@@ -267,7 +267,10 @@ def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) ->
     template, config = Path(adapter_path, TEMPLATE), Path(adapter_path, "tokenizer_config.json")
     saved = template.read_text(encoding="utf-8") if template.is_file() else None
     if saved is None and config.is_file():
-        saved = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        try:
+            saved = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        except ValueError:
+            fail(f"--adapter_path '{adapter_path}' {describe_broken(config)}")
     if isinstance(saved, list):  # several, by name
         saved = {each["name"]: each["template"] for each in saved}.get("default")
     if saved:

@@ -53,7 +53,7 @@ def print_first_row(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Non
 def warn_about_positions(dataset: Dataset, config: PreTrainedConfig) -> None:
     """Warn of examples that are longer than what the base model was made for, which YaRN multiplies."""
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0))
+    stretched = int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0))
     limit = max(config.max_position_embeddings, stretched)
     count = sum(length > limit for length in row_lengths(dataset))
     if count:

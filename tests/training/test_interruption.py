@@ -251,7 +251,7 @@ def test_a_partial_checkpoint_outlives_no_complete_one(
 def test_an_abandoned_branch_goes(
     run_main: Run, flags: list[str], trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resumed from 2, with 4 and 6 of the run before: `True` would go on from those later."""
+    """A run that resumes from step 2 removes the checkpoints of steps 4 and 6, or `True` would choose them later."""
     out = tmp_path / "out"
     run_main(train_lora, *flags, "--keep_checkpoints", "True", "--save_total_limit", "3")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
