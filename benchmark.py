@@ -29,7 +29,7 @@ from benchmarking.meters import Stopwatch, TokenCounter, count_products, measure
 from benchmarking.pages import find_pages
 from benchmarking.shapes import make_random_checkpoint, random_rows
 from benchmarking.table import ALL, Method, choose_methods, save_results, show_results
-from common import load_data, load_model, load_tokenizer, start_run, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run
 from finetuning.cli.arguments import ModelArguments, ScriptParser
 from finetuning.cli.memory import GIB, memory_advice, peak_memory, peak_reserved, total_memory
 from finetuning.preprocessing.encode import pad_token_id
@@ -60,7 +60,7 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
             dataset = random_rows(args.batch_size * (args.warmup_steps + args.steps), args.sequence_length)
         else:
             dataset = load_data(run, tokenizer)[0].dataset
-        model = load_model(run.model, training_dtype(run.training), device)
+        model = load_model(run.model, run.dtype, device)
         products = count_products(model)
         with memory_advice(device, memory_flags(args)):
             trainer = build_trainer(method, model, tokenizer, run, dataset)
@@ -79,7 +79,7 @@ def measure(args: BenchmarkArguments, model_path: str) -> dict[str, Any]:
     adapter = 0 if method.kind == "full" else trainable
     return {
         "method": args.only,
-        "precision": "nf4" if method.load_in_4bit else str(training_dtype(run.training)).removeprefix("torch."),
+        "precision": "nf4" if method.load_in_4bit else str(run.dtype).removeprefix("torch."),
         "trainable": trainable,
         "trainable_percent": 100 * trainable / (products["parameters"] + adapter),
         "peak_gib": peak_reserved(device) / GIB,  # what the process takes, as nvidia-smi shows it

@@ -16,20 +16,25 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     set_seed,
 )
 
 from finetuning.cli.arguments import ModelArguments
 from finetuning.cli.commands import inference_command
 from finetuning.cli.memory import memory_advice
-from finetuning.distributed import shards_weights
 from finetuning.generation.evaluate import evaluate
 from finetuning.generation.labels import labels_of_tasks, warn_about_labels
 from finetuning.model import base_model
 from finetuning.model.fingerprint import quantization
-from finetuning.model.folder import adapter_state, choose_thinking, describe_adapter, save_adapter, use_trained_format
-from finetuning.model.hub import create_repository, upload
+from finetuning.model.folder import (
+    adapter_state,
+    choose_thinking,
+    describe_adapter,
+    own_tokenizer,
+    save_adapter,
+    use_trained_format,
+)
+from finetuning.model.hub import upload
 from finetuning.preprocessing.dataset import Data, load_training_data
 from finetuning.preprocessing.encode import encode, pad_token_id, to_messages
 from finetuning.preprocessing.files import DataError
@@ -46,23 +51,12 @@ from finetuning.training.trainer import make_trainer, prepare_adapter
 
 def start_run(args: Arguments) -> None:
     """Refuse an output folder that is in use, and set the seed before anything random is made."""
-    only_looks = args.run.dry_run or args.data.show_rows
-    allowed = only_looks or args.run.overwrite_output_dir or args.training.resume_from_checkpoint
     if args.training.should_save:
-        checkpoints.check_output_dir(args.training.output_dir, allowed=bool(allowed))
+        checkpoints.prepare_output_dir(args)
     set_seed(args.training.seed)
-    training = args.training
-    if training.should_save and training.resume_from_checkpoint and not only_looks:
-        chosen = checkpoints.choose_checkpoint(training.output_dir, training.resume_from_checkpoint)
-        training.resume_from_checkpoint = str(chosen)
-    if args.push_to_hub and training.should_save and not only_looks:
-        names = training.hub_model_id, training.output_dir
-        training.hub_model_id = create_repository(*names, training.hub_token, training.hub_private_repo)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Load
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- load
 
 
 def load_tokenizer(
@@ -75,10 +69,8 @@ def load_tokenizer(
     """
     base_model.check_model_path(model_args.model_path)
     tokenizer = base_model.read_tokenizer(model_args.model_path, model_args.trust_remote_code)
-    if adapter_path and base_model.has_tokenizer(Path(adapter_path)):
-        template = tokenizer.chat_template
-        tokenizer = base_model.read_tokenizer(adapter_path, model_args.trust_remote_code, "--adapter_path")
-        tokenizer.chat_template = tokenizer.chat_template or template
+    if adapter_path:
+        tokenizer = own_tokenizer(adapter_path, model_args.trust_remote_code, tokenizer)
     base_model.check_vocabulary(tokenizer, model_args.model_path)
     set_prompt_format(tokenizer, format_name or "auto")
     if adapter_path and not format_name:
@@ -128,14 +120,7 @@ def load_model(
     return model
 
 
-def training_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """The dtype of the frozen base weights: float16 only together with fp16's loss scaling (gradients underflow)."""
-    return torch.float16 if training_args.fp16 else torch.bfloat16 if training_args.bf16 else torch.float32
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Preprocess
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- preprocess
 
 
 def preprocess_function(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
@@ -163,9 +148,7 @@ def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     return train_data, eval_data
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Train
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- train
 
 
 def train(
@@ -189,16 +172,15 @@ def train(
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
     run = train_and_save(model, tokenizer, train_data, eval_data, args)
+    if not args.training.should_save:  # of several processes one does the rest
+        return
     output_dir, scores = args.training.output_dir, ""
     try:
-        if args.training.should_save:
-            shown = args.run.eval_metrics, args.run.sample_answers
-            sharded = shards_weights(args.training)
-            scores = evaluate(model, tokenizer, train_data, eval_data, *shown, args.training, sharded)
+        shown = args.run.eval_metrics, args.run.sample_answers
+        scores = evaluate(model, tokenizer, train_data, eval_data, *shown, args.training)
     finally:  # also if memory runs out in the evaluation, or the user stops it
-        if args.training.should_save:
-            write_report(run, scores, output_dir)
-    if args.push_to_hub and args.training.should_save:
+        write_report(run, scores, output_dir)
+    if args.push_to_hub:
         upload(output_dir, args.training.hub_model_id, args.training.hub_token)
     say(f'\nTry it:\n{inference_command(output_dir)} --instruction "翻译为英文" --input "早安"')
 
@@ -217,9 +199,8 @@ def train_and_save(
     resumed_at = checkpoints.saved_step(checkpoint)
     start = adapter_state(model)
 
-    lengths = row_lengths(train_data.dataset)
-    remedies = list(memory_flags(args, max(lengths)).values())
-    signals, log = StopOnSignal(), ProgressLog(sum(lengths) / len(lengths))
+    remedies = list(memory_flags(args, max(row_lengths(train_data.dataset))).values())
+    signals, log = StopOnSignal(), ProgressLog()
     callbacks = (signals, checkpoints.CheckpointWriter(files, args.save_total_limit))
     datasets = train_data.dataset, eval_data.dataset if eval_data else None
     trainer = make_trainer(model, pad_token_id(tokenizer), args.training, *datasets, callbacks)
@@ -235,7 +216,6 @@ def train_and_save(
         save_adapter(model, state, output_dir, start, files)
         if not args.run.keep_checkpoints:
             checkpoints.remove_checkpoints(output_dir)
-    seconds = result.metrics["train_runtime"], log.seconds
-    run = describe_run(trainer, *seconds, resumed_at, train_data.summary, args)
+    run = describe_run(trainer, result.metrics["train_runtime"], log.seconds, resumed_at, train_data.summary, args)
     print_run(run, output_dir)
     return run

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run, train
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.distributed import shards_weights
@@ -118,7 +118,7 @@ def main() -> None:
     train_data, eval_data = load_data(args, tokenizer)
     if args.data.show_rows:
         return print_rows(train_data.dataset, args.data.show_rows, tokenizer)
-    model = load_model(args.model, training_dtype(args.training), args.training.device, shards_weights(args.training))
+    model = load_model(args.model, args.dtype, args.training.device, shards_weights(args.training))
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = add_lora(model, args.method)
         train(model, tokenizer, train_data, eval_data, args)

@@ -15,7 +15,7 @@ import torch
 from peft import PromptTuningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import load_data, load_model, load_tokenizer, start_run, train, training_dtype
+from common import load_data, load_model, load_tokenizer, start_run, train
 from finetuning.cli.arguments import flag
 from finetuning.cli.memory import memory_advice
 from finetuning.distributed import shards_weights, whole
@@ -91,7 +91,7 @@ def main() -> None:
     train_data, eval_data = load_data(args, tokenizer)
     if args.data.show_rows:
         return print_rows(train_data.dataset, args.data.show_rows, tokenizer)
-    model = load_model(args.model, training_dtype(args.training), args.training.device, shards_weights(args.training))
+    model = load_model(args.model, args.dtype, args.training.device, shards_weights(args.training))
     with memory_advice(args.training.device, memory_flags(args).values()):
         model = add_soft_prompt(model, tokenizer, args.method)
         train(model, tokenizer, train_data, eval_data, args)

@@ -6,14 +6,20 @@
 The next change may lose a guard whose absence no test notices.
 """
 
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+LIBRARIES = ["torch", "transformers.trainer", "transformers.models.qwen2.modeling_qwen2", "peft", "datasets", "sklearn"]
+LIBRARIES += ["bitsandbytes", "accelerate", "hypothesis", "matplotlib.figure"]
 
 
 class Mutant(NamedTuple):
@@ -24,6 +30,11 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    Mutant("finetuning/preprocessing/rows.py", "if chat and row.keys() >= set(PAIR):", "if False:", "test_normalize refused"),
+    Mutant("finetuning/model/base_model.py", '        if not content.keys() >= {"metadata", "weight_map"}:\n', "        if False:\n", "test_base_model cannot_be_loaded"),
+    Mutant("finetuning/cli/arguments.py", '            if name.endswith("workers") and', "            if False and", "test_flags refused"),
+    Mutant("finetuning/merging/checkpoint_copy.py", "[0].endswith(ANSWERS):", "[0] is not None:", "test_merge_adapter prefix"),
+    Mutant("finetuning/merging/checkpoint_copy.py", "    if not (base.config.get(\"architectures\")", "    if False and (base.config.get(\"architectures\")", "test_merge_adapter prefix"),
     # the data path: files, readers, rows, templates, encode, dataset
     Mutant("train_lora.py", "    except ValueError as error:  # such as", "    except KeyError as error:  # such as", "test_train_lora adapted"),
     Mutant("train_lora.py", '    if lost and "experts" not in adapted:\n', "    if False:\n", "test_train_lora adapted"),
@@ -190,7 +201,7 @@ MUTANTS = [
     Mutant("finetuning/cli/commands.py", 'word.partition("=")[0].replace("-", "_")', 'word.partition("=")[0]', "test_commands"),
     Mutant("finetuning/cli/commands.py", 'word.partition("=")[0].replace("-", "_")', 'word.replace("-", "_")', "test_commands"),
     Mutant("finetuning/cli/commands.py", 'return re.sub(r"(--hub[_-]token)[ =]\\S+", r"\\1 ...", shlex.join(words))', "return shlex.join(words)", "test_report token"),
-    Mutant("common.py", "training.should_save and not only_looks:", "training.should_save and not args.data.dry_run:", "test_train_lora rows_can"),
+    Mutant("finetuning/training/checkpoints.py", "    if args.push_to_hub and not only_looks:", "    if args.push_to_hub:", "test_train_lora rows_can"),
     Mutant("common.py", "    finally:  # also if memory runs out in the evaluation, or the user stops it\n", "    finally:\n        pass\n    if True:\n", "test_report stopped"),
     # the page of the answers, the picture of the scores
     Mutant("finetuning/generation/answer_page.py", "autoescape=True", "autoescape=False", "test_answer_page"),
@@ -388,8 +399,8 @@ MUTANTS = [
     Mutant("finetuning/merging/merge.py", "    if changes_nothing(load_file(Path(adapter_path, WEIGHTS))):", "    if False:", "test_merge_adapter mistakes"),
     Mutant("finetuning/model/folder.py", "    if saved is None and config.is_file():", "    if False:", "test_inference template_of"),
     Mutant("common.py", "    if adapter_path and not format_name:", "    if adapter_path:", "test_inference template_of"),
-    Mutant("common.py", "    if adapter_path and base_model.has_tokenizer(Path(adapter_path)):", "    if False:", "test_inference tokenizer_of"),
-    Mutant("common.py", "tokenizer.chat_template = tokenizer.chat_template or template", "tokenizer.chat_template = template", "test_inference tokenizer_of"),
+    Mutant("finetuning/model/folder.py", "    if not has_tokenizer(Path(adapter_path)):", "    if True:", "test_inference tokenizer_of"),
+    Mutant("finetuning/model/folder.py", "own.chat_template or tokenizer.chat_template", "own.chat_template", "test_inference tokenizer_of"),
     Mutant("finetuning/merging/merge.py", "    if has_tokenizer(Path(adapter_path)):", "    if False:", "test_merge_adapter tokenizer_of"),
     Mutant("finetuning/preprocessing/templates.py", 'if tokenizer.chat_template and tokenizer.eos_token != "<|endoftext|>"', 'if tokenizer.eos_token == "<|im_end|>"', "test_encode auto_follows"),
     Mutant("finetuning/training/report.py", "limit = max(config.max_position_embeddings, stretched)", "limit = config.max_position_embeddings", "test_report beyond"),
@@ -437,7 +448,7 @@ MUTANTS = [
     Mutant("finetuning/merging/merge.py", "= new[len(old) :] = old[used if used < len(old) else 0 :].float().mean(dim=0).to(new.dtype)", "= prompt", "test_merge_adapter never_answered"),
     Mutant("finetuning/merging/merge.py", "-(-(used + count) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE", "used + count", "test_merge_adapter never_answered"),
     Mutant("finetuning/merging/merge.py", "        if used + count > rows:\n", "        if True:\n", "test_merge_adapter spare"),
-    Mutant("finetuning/merging/merge.py", 'if is_multimodal(base.config["architectures"]):', "if False:", "test_merge_adapter exported"),
+    Mutant("finetuning/merging/merge.py", 'if is_multimodal(base.config.get("architectures")):', "if False:", "test_merge_adapter exported"),
     Mutant("finetuning/merging/merge.py", "if any(token.startswith(SOFT_TOKEN) for token in tokenizer.get_vocab()):", "if False:", "test_merge_adapter on_top"),
     Mutant("finetuning/merging/verification.py", "            and tokens <= flips * len(self.differences)\n", "", "test_verification"),
     Mutant("finetuning/merging/verification.py", "self.prompts == self.rows\n            and", "", "test_verification"),
@@ -507,9 +518,9 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def survives(mutant: Mutant) -> bool:
-    """Run the mutant's tests in a copy; returns whether they pass."""
-    with tempfile.TemporaryDirectory() as folder:
+def survives(mutant: Mutant) -> str | None:
+    """Run the mutant's tests in a copy of the repository; returns None if one fails, else what happened."""
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         copy = Path(folder, "copy")
         shutil.copytree(
             REPOSITORY, copy, ignore=shutil.ignore_patterns(".*", "outputs", "models", "data", "__pycache__")
@@ -518,27 +529,31 @@ def survives(mutant: Mutant) -> bool:
             (copy / name).symlink_to(REPOSITORY / name)
         text = (copy / mutant.file).read_text(encoding="utf-8")
         if text.count(mutant.old) != 1:
-            print(f"  occurs {text.count(mutant.old)} times")
-            return True
+            return f"occurs {text.count(mutant.old)} times"
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         name, _, words = mutant.test.partition(" ")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
-        command += [str(path) for path in (copy / "tests").rglob(f"{name}.py")] + (["-k", words] if words else [])
-        result = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8", check=False)
-        if result.returncode not in (0, 1):  # no test ran, or the mutant does not parse
-            print("  " + (result.stdout.strip() or result.stderr.strip()).splitlines()[-1])
-        return result.returncode != 1
+        arguments = ["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
+        arguments += [str(path) for path in (copy / "tests").rglob(f"{name}.py")] + (["-k", words] if words else [])
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        code = pytest.main(arguments)
+        os.chdir(REPOSITORY)
+    return None if code == pytest.ExitCode.TESTS_FAILED else f"pytest: {pytest.ExitCode(code).name}"
 
 
 def main() -> None:
     mutants = [mutant for mutant in MUTANTS if all(word in " ".join(mutant) for word in sys.argv[1:])]
     survivors = 0
-    for number, mutant in enumerate(mutants, 1):
-        lives = survives(mutant)
-        survivors += lives
-        print(
-            f"{number:3} {'SURVIVES' if lives else 'killed  '} {mutant.file}: {mutant.old.strip()[:80]!r}", flush=True
-        )
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # as in conftest.py
+    context = get_context("forkserver")  # a process for each mutant, in which the libraries are imported already
+    context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(mp_context=context, max_tasks_per_child=1) as pool:
+        for number, (mutant, problem) in enumerate(zip(mutants, pool.map(survives, mutants), strict=True), 1):
+            survivors += problem is not None
+            verdict = f"SURVIVES ({problem})" if problem else "killed"
+            print(f"{number:3} {verdict:8} {mutant.file}: {mutant.old.strip()[:80]!r}", flush=True)
     print(f"{len(mutants)} mutants, {survivors} survive")
     sys.exit(survivors > 0)
 

@@ -6,6 +6,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import mutate
 import pytest
 from support import REPOSITORY
 
@@ -73,6 +74,13 @@ def test_every_folder_is_in_the_table(page: str) -> None:
         assert f"[{folder}/](finetuning/{folder})" in text
     for name, path in MODULES.items():
         assert path.stem in text, f"{page} does not mention {name}"
+
+
+def test_each_mutant_has_its_place() -> None:
+    """What `mutate.py` would take out occurs once, so that a change of the code changes the list too."""
+    for mutant in mutate.MUTANTS:
+        assert (REPOSITORY / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, mutant
+        assert list((REPOSITORY / "tests").rglob(f"{mutant.test.split()[0]}.py")), mutant
 
 
 def test_folders_say_what_they_are() -> None:

@@ -33,7 +33,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import inference
 import train_lora
 import train_prompt_tuning
-from common import load_model, load_tokenizer, training_dtype
+from common import load_model, load_tokenizer
 from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
 from finetuning.model import hub
@@ -366,7 +366,7 @@ def test_precision_without_cuda(base_path: str) -> None:
             train_lora.LoraArguments, None, ["--model_path", base_path, "--output_dir", "out", *words]
         )
         assert not args.training.fp16 and not args.training.bf16
-        assert training_dtype(args.training) == torch.float32
+        assert args.dtype == torch.float32
     # a half-precision base, as on a GPU: what trains is float32 all the same
     model = load_model(args.model, torch.float16, torch.device("cpu"))
     model = get_peft_model(model, train_lora.build_lora_config(args.method, model), autocast_adapter_dtype=False)
@@ -379,7 +379,7 @@ def test_defaults_are_set_and_not_inherited(tmp_path: Path) -> None:
     """Trap 33: transformers 5 takes the checkpoint's dtype and logs every 500 steps."""
     path = save_checkpoint(tmp_path / "half", make_tokenizer(), make_model().half())
     args = parse_arguments(train_lora.LoraArguments, None, ["--model_path", path, "--output_dir", "out"])
-    assert load_model(args.model, training_dtype(args.training), torch.device("cpu")).dtype == torch.float32
+    assert load_model(args.model, args.dtype, torch.device("cpu")).dtype == torch.float32
     assert args.training.logging_steps == 10 and args.training.logging_first_step
     assert args.training.report_to == []
 

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # The last words of flags that must be more than 0; other numbers may be 0.
 COUNTS = ("epochs", "layers", "length", "rate", "rows", "size", "steps", "tokens")
+PER_PROCESSOR = 16  # workers, at most
 TRUST = "run the Python code that comes with a checkpoint; only if you trust its author"
 # Flags of other programs and of older versions of TrainingArguments, and what to use here.
 OTHER_NAMES = {
@@ -103,6 +104,8 @@ class ScriptParser(HfArgumentParser):
             least = "more than 0" if name.split("_")[-1] in COUNTS else "at least 0"
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and least == "at least 0"):
                 fail(f"--{name} {value}: must be a finite number, {least}")
+            if name.endswith("workers") and value > (most := PER_PROCESSOR * (os.cpu_count() or 1)):
+                fail(f"--{name} {value}: must be at most {most} on this machine; more would only wait for each other")
         return namespace
 
     def to_dataclasses(self, namespace: Namespace, attempt: Callable[[tuple[Any, ...]], Any] = tuple) -> Any:

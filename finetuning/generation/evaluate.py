@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from finetuning.cli.commands import inference_command
 from finetuning.cli.console import fail, green, progress_bar, say, warn
 from finetuning.cli.memory import memory_advice
+from finetuning.distributed import shards_weights
 from finetuning.generation.generate import (
     AnswerStreamer,
     answer_in_batches,
@@ -103,10 +104,9 @@ def evaluate(
     eval_metrics: bool,
     sample_answers: int,
     training_args: TrainingArguments,
-    sharded: bool,
 ) -> str:
     """Answer the evaluation rows with a trained adapter, score the answers, and show a few, or a few of the training
-    rows if there are no others. A process that has only a part of the base weights (`sharded`) cannot answer.
+    rows if there are no others. A process that has only a part of the base weights cannot answer.
 
     Returns:
         The scores, which are printed, and written into metrics.json beside the adapter; "" if there are none.
@@ -116,7 +116,7 @@ def evaluate(
         return ""
     output_dir, batch_size, scores = training_args.output_dir, training_args.per_device_eval_batch_size, ""
     command = f"{inference_command(output_dir)} --data_path {path}"
-    if sharded:
+    if shards_weights(training_args):
         say(f"no answers, as the weights are sharded; for them: {command}")
         return ""
     model.eval()  # no dropout, and no gradient checkpointing, which breaks generation

@@ -26,6 +26,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 TOKENIZER = "tokenizer.json"
 HEAD = "lm_head.weight"
+ANSWERS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")  # endings of classes that answer
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # from a tensor of the base to the merged one
@@ -173,8 +174,12 @@ def write_weights(
         write_json(output / INDEX, index | {"weight_map": dict(sorted(places.items()))})
 
 
-def write_config(base: Checkpoint, output: Path, untied: bool, vocab_size: int, dtype: torch.dtype | None) -> None:
-    """Write config.json, changed as the weights were by `write_weights`."""
+def write_config(
+    base: Checkpoint, output: Path, untied: bool, vocab_size: int, dtype: torch.dtype | None, class_name: str
+) -> None:
+    """Write config.json, changed as the weights were by `write_weights`, with a class that answers."""
+    if not (base.config.get("architectures") or [""])[0].endswith(ANSWERS):
+        base.config["architectures"] = [class_name]  # that of a bare decoder, or none: engines would make embeddings
     for part in (base.config, base.config.get("text_config", {})):  # a multimodal class has both
         if untied:
             part["tie_word_embeddings"] = False

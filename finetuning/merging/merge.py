@@ -61,7 +61,7 @@ def check_can_merge(adapter_path: str, config: dict[str, Any], export: str) -> N
 def export_adapter(adapter_path: str, base: Checkpoint, output: Path) -> None:
     """Write a LoRA adapter under the names of the class that the base checkpoint is of."""
     shutil.copytree(adapter_path, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
-    if is_multimodal(base.config["architectures"]):
+    if is_multimodal(base.config.get("architectures")):
         write_for_multimodal(adapter_path, str(output))
 
 
@@ -106,7 +106,7 @@ def write_merged(
     if has_tokenizer(Path(adapter_path)):
         tokenizer.save_pretrained(output)
     write_weights(base, output, changes, untied, dtype)
-    write_config(base, output, untied, rows, dtype)
+    write_config(base, output, untied, rows, dtype, type(model.get_base_model()).__name__)
     write_generation_config(output, stop_token_ids(tokenizer), pad_token_id(tokenizer), sampling)
     names = soft_tokens(len(soft_ids))
     if names:

@@ -90,7 +90,10 @@ def find_problem(folder: Path) -> str | None:
             return describe_broken(file)
     files = set(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json") if not (folder / "model.safetensors").is_file() else ():
-        files |= {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+        content = json.loads(index.read_bytes())
+        if not content.keys() >= {"metadata", "weight_map"}:
+            return describe_broken(index)
+        files |= {folder / name for name in content["weight_map"].values()}
     if not files:
         kind = "only pickled weights (.bin), which can run code" if any(folder.glob("*.bin")) else "no weights"
         return f"has {kind}; download its .safetensors files, or convert it with save_pretrained"

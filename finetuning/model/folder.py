@@ -28,7 +28,7 @@ from finetuning.cli.commands import command_line, resume_command
 from finetuning.cli.console import fail, first_line, is_disk_error, say, warn
 from finetuning.cli.memory import is_out_of_memory
 from finetuning.distributed import gathered, whole_copy
-from finetuning.model.base_model import describe_broken, is_hub_name, newest_folder
+from finetuning.model.base_model import describe_broken, has_tokenizer, is_hub_name, newest_folder, read_tokenizer
 from finetuning.model.fingerprint import base_fingerprint, compare_fingerprints, quantization
 from finetuning.model.multimodal import WEIGHTS, map_to_text_part
 from finetuning.model.soft_prompts import SoftPromptModel
@@ -259,6 +259,17 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def changes_nothing(weights: dict[str, torch.Tensor]) -> bool:
     """Whether all that an adapter adds is 0: of LoRA the B matrices, and what else it holds beside its A matrices."""
     return not any(tensor.any() for name, tensor in weights.items() if not re.search("lora_(embedding_)?A", name))
+
+
+def own_tokenizer(
+    adapter_path: str, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of an adapter, if it has one, or else that of its base model, whose template it may lack."""
+    if not has_tokenizer(Path(adapter_path)):
+        return tokenizer
+    own = read_tokenizer(adapter_path, trust_remote_code, "--adapter_path")
+    own.chat_template = own.chat_template or tokenizer.chat_template
+    return own
 
 
 def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) -> None:

@@ -183,7 +183,9 @@ def check_names(row: Row, raw: Row, output_required: bool) -> None:
     if missing[0] in raw:
         raise DataError(f"'{missing[0]}' is null; write the text, or remove the row")
     chat, flags = [name for name, value in row.items() if is_conversation(value)], suggest_flags(row)
-    if chat:
+    if chat and row.keys() >= set(PAIR):
+        remedy = f"{' and '.join(map(repr, PAIR))} must both be text, or both be lists of messages"
+    elif chat:
         remedy = f"add --messages_field {shlex.quote(chat[0])}"
     elif all(f"--{name}_field" in flags for name in missing):
         remedy = f"add {flags}"

@@ -41,6 +41,7 @@ from finetuning.model.folder import (
     step_of_name,
     write_adapter,
 )
+from finetuning.model.hub import create_repository
 from finetuning.training.flags import Arguments
 
 # Fields of PEFT's configuration that say when and where it was made, not what the adapter is.
@@ -170,6 +171,19 @@ def explain_failed_write(error: Exception, output_dir: str, step: int) -> None:
     fail(
         f"{describe_disk_error(folder, error)}\nThe last complete checkpoint is {last}. {RESUME} {resume_command()}", 1
     )
+
+
+def prepare_output_dir(args: Arguments) -> None:
+    """Refuse an output folder that is in use; choose the checkpoint to resume from, and create the repository."""
+    training, only_looks = args.training, args.run.dry_run or args.data.show_rows
+    allowed = only_looks or args.run.overwrite_output_dir or training.resume_from_checkpoint
+    check_output_dir(training.output_dir, allowed=bool(allowed))
+    if training.resume_from_checkpoint and not only_looks:
+        chosen = choose_checkpoint(training.output_dir, training.resume_from_checkpoint)
+        training.resume_from_checkpoint = str(chosen)
+    if args.push_to_hub and not only_looks:
+        names = training.hub_model_id, training.output_dir
+        training.hub_model_id = create_repository(*names, training.hub_token, training.hub_private_repo)
 
 
 def check_output_dir(output_dir: str, allowed: bool) -> None:

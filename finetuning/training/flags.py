@@ -60,6 +60,11 @@ class Arguments:
     push_to_hub: bool  # only the finished adapter
     save_total_limit: int | None  # an old checkpoint is removed after the new one is written
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base weights: float16 only together with fp16's loss scaling (gradients underflow)."""
+        return torch.float16 if self.training.fp16 else torch.bfloat16 if self.training.bf16 else torch.float32
+
 
 def parse_arguments(
     method_arguments: type, description: str | None, argv: list[str] | None = None, **defaults: Any

@@ -1,13 +1,16 @@
 """What a run shows while it trains: a bar on a terminal, and there and in a file a line every --logging_steps."""
 
 import time
+from statistics import mean
 from typing import Any
 
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from finetuning.cli.console import cyan, describe_duration, fact, say
 from finetuning.cli.memory import GIB, peak_reserved
+from finetuning.training.collators import row_lengths
 
 COLUMNS = "   step  epoch      loss  grad norm  learning rate  tokens/s     GiB      left"
 BAR = "{percentage:3.0f}%|{bar}| {n:,} of {total:,} steps, {elapsed} < {remaining}{postfix}"
@@ -17,17 +20,13 @@ class ProgressLog(TrainerCallback):
     """Shows steps, losses, speed, the most memory so far and the time that is left.
 
     `seconds` is the time of the steps alone, without what comes before the first, evaluations and checkpoints.
-
-    Args:
-        tokens_per_row: on average.
     """
 
-    def __init__(self, tokens_per_row: float) -> None:
-        self.tokens_per_row = tokens_per_row
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: Any, train_dataloader: DataLoader, **kwargs: Any
+    ) -> None:
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.tokens_per_step = rows * self.tokens_per_row
+        self.tokens_per_step = rows * mean(row_lengths(train_dataloader.dataset))
         saves = f"; a checkpoint every {state.save_steps:,} steps" if args.save_strategy == "steps" else ""
         resumed = f" from step {state.global_step:,}" if state.global_step else ""
         tokens = f"{self.tokens_per_step:,.0f} tokens"

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -157,9 +158,17 @@ def as_adapter(folder: Path) -> None:
 
 
 def without_a_shard(folder: Path) -> None:
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, metadata={}, weight_map={"a": "model-00001-of-00002.safetensors"})
     (folder / WEIGHTS).unlink()
+
+
+def write_index(folder: Path, **content: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def without_metadata(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+    write_index(folder, weight_map={NAME: "model-00001-of-00001.safetensors"})
 
 
 def as_snapshot(folder: Path) -> None:
@@ -195,6 +204,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "pointer": (lambda folder: (folder / WEIGHTS).write_bytes(POINTER), ["Git LFS pointer", "git lfs pull"]),
     "lost shard": (without_a_shard, ["lacks model-00001-of-00002.safetensors"]),
+    "index without metadata": (without_metadata, ["has a model.safetensors.index.json that is not complete"]),
     "index is a pointer": (
         lambda folder: (folder / "model.safetensors.index.json").write_bytes(POINTER),
         ["has a model.safetensors.index.json that is only a Git LFS pointer"],
@@ -264,8 +274,7 @@ def test_a_proxy_that_lacks_a_package(run_main: Run, folder: Path, monkeypatch: 
 
 def test_a_single_file_beside_an_index(folder: Path) -> None:
     """Trap 103: transformers loads the file, and so does merging."""
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, weight_map={"a": "model-00001-of-00002.safetensors"})
     load_model(ModelArguments(str(folder)), torch.float32, CPU)
     assert set(Checkpoint(str(folder)).files.values()) == {WEIGHTS}
 

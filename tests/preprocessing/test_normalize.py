@@ -243,6 +243,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Dolly": ({"context": "", "response": "b", "prompt": "a"}, ["--input_field context --output_field response"]),
     "a typo": ({"instuction": "a", "output": "b"}, ["add --instruction_field instuction"]),
     "other messages": ({"chat": OPEN_AI}, ["add --messages_field chat"]),
+    "half a conversation": ({"prompt": OPEN_AI, "completion": "b"}, ["'prompt' and 'completion' must both be"]),
     "a list of nothing": ({"chat": []}, ["rows must be a plain list"]),
     "other answer": ({"instruction": "a", "response": "b"}, ["has no 'output'", "add --output_field response"]),
     "null output": (ROW | {"output": None}, ["'output'", "is null", "remove the row"]),

@@ -123,12 +123,13 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(flags, "try_out", Mock())
     monkeypatch.setattr(trainer_module, "FineTuningTrainer", Mock())
     monkeypatch.setattr(sys, "platform", "darwin")
-    args = parse().training
+    parsed = parse()
+    args = parsed.training
     trainer_module.make_trainer(make_soft(), 0, args, None)
     printed = capsys.readouterr().out
     assert "float32, on the GPU of this Mac" in printed and ROWS in printed
     assert not (args.fp16 or args.bf16 or args.dataloader_pin_memory or args.accelerator_config.non_blocking)
-    assert common.training_dtype(args) == torch.float32
+    assert parsed.dtype == torch.float32
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])

@@ -78,6 +78,7 @@ CASES = {
     "--num_train_epochs nan": "finite",
     '--accelerator_config {"n":1}': "'n'",
     "--dataloader_persistent_workers True": "workers",
+    "--dataloader_num_workers 99999": "at most",
     "--do_train False": "nothing would be trained",
     "--save_strategy best": "--eval_data_path",
     "--metric_for_best_model f1 --eval_split 0.5 --load_best_model_at_end True": "eval_loss",
