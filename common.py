@@ -25,7 +25,7 @@ from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import evaluate
 from finetuning.generation.labels import labels_of_tasks, warn_about_labels
 from finetuning.model import base_model
-from finetuning.model.fingerprint import quantization
+from finetuning.model.fingerprint import base_fingerprint, quantization
 from finetuning.model.folder import (
     adapter_state,
     choose_thinking,
@@ -108,7 +108,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported in loading_info
                 **quantized,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers takes the fields of a configuration as they are
         reason = base_model.explain_loading_error(error)
         fail(f"--model_path '{model_args.model_path}': the model cannot be loaded: {reason}")
     base_model.check_loaded_weights(model_args.model_path, config, model, loading_info)
@@ -116,6 +116,7 @@ def load_model(
         model.name_or_path = str(Path(model_args.model_path).resolve())
     if not quantization(model):
         model.to(dtype)  # what stands beside FP8 weights comes in the dtype of the file
+    model.fingerprint = base_fingerprint(model)  # before an adapter changes it
     model.generation_config = GenerationConfig()  # that of Instruct models asks for sampling: see generate.py
     return model
 
@@ -152,12 +153,18 @@ def load_data(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
 
 
 def train(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Data,
+    eval_data: Data | None,
+    args: Arguments,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train the adapter, check it, save it, and print what it took and what to try next.
 
     Args:
         model: the base with a fresh adapter.
+        optimizer: of the method; None for that of `--optim`.
 
     Raises:
         SystemExit: code 1 if the loss is not finite or the adapter is unchanged, and then none is saved; code 2 if the
@@ -171,7 +178,7 @@ def train(
     if args.run.dry_run:
         print_plan(model, pad_token_id(tokenizer), train_data.dataset, args)
         return
-    run = train_and_save(model, tokenizer, train_data, eval_data, args)
+    run = train_and_save(model, tokenizer, train_data, eval_data, args, optimizer)
     if not args.training.should_save:  # of several processes one does the rest
         return
     output_dir, scores = args.training.output_dir, ""
@@ -186,7 +193,12 @@ def train(
 
 
 def train_and_save(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, train_data: Data, eval_data: Data | None, args: Arguments
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Data,
+    eval_data: Data | None,
+    args: Arguments,
+    optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir, labels = args.training.output_dir, labels_of_tasks(train_data.summary)
@@ -203,7 +215,7 @@ def train_and_save(
     signals, log = StopOnSignal(), ProgressLog()
     callbacks = (signals, checkpoints.CheckpointWriter(files, args.save_total_limit))
     datasets = train_data.dataset, eval_data.dataset if eval_data else None
-    trainer = make_trainer(model, pad_token_id(tokenizer), args.training, *datasets, callbacks)
+    trainer = make_trainer(model, pad_token_id(tokenizer), args.training, *datasets, callbacks, optimizer)
     trainer.add_callback(Rehearsal(trainer, remedies))  # before the first step
     trainer.add_callback(log)
     with memory_advice(args.training.device, remedies):

@@ -41,7 +41,7 @@ from finetuning.model.base_model import check_model_path, checkpoint_dtype
 from finetuning.model.folder import CONFUSION, METRICS, WEIGHTS, find_adapter, load_adapter, read_adapter
 from finetuning.preprocessing.files import find_files, hash_files
 from finetuning.preprocessing.flags import FORMATS, FieldArguments
-from finetuning.preprocessing.rows import Row, as_json, task_of
+from finetuning.preprocessing.rows import Row, as_json, task_of, to_nfc
 from finetuning.preprocessing.templates import is_thinking
 
 DEFAULT_ADAPTER = "outputs/lora"
@@ -83,6 +83,8 @@ class InferenceArguments(FieldArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.input and self.instruction is None:
+            raise ValueError("--input is what an --instruction is about: add one, or leave --input out")
         if self.rename and not self.data_path:
             raise ValueError("--instruction_field and the like name fields of a data file: add --data_path")
         asked = {"--instruction": self.instruction is not None, "--data_path": bool(self.data_path)}
@@ -117,6 +119,8 @@ def parse_inference_arguments(
     model_args, args = parser.parse(argv)
     output = Path(args.output_file or "")
     files = [output, output.with_suffix(f".{METRICS}"), output.with_suffix(f".{CONFUSION}")] if args.output_file else []
+    if args.report and Path(args.report).absolute() in [file.absolute() for file in files]:
+        fail(f"--report '{args.report}' is where the answers or their scores go; name another file")
     named = [("output_file", file) for file in files] + ([("report", Path(args.report))] if args.report else [])
     for name, file in named:
         if file.exists():
@@ -133,10 +137,10 @@ def read_questions(args: InferenceArguments) -> list[Row]:
         return [row | {"task": args.tasks} if args.tasks else row]
     rows = load_rows(args.rows_path, args.rename)
     if args.tasks:
-        tasks = [task.strip() for task in args.tasks.split(",")]
-        rows = [row for row in rows if "task" in row and task_of(row) in tasks]
-        if not rows:
-            fail(f"--tasks {args.tasks}: {args.rows_path} has no row with such a 'task'")
+        tasks = {to_nfc(task.strip()) for task in args.tasks.split(",")}
+        rows = [row for row in rows if "task" in row and to_nfc(task_of(row)) in tasks]
+        if missing := tasks - {to_nfc(task_of(row)) for row in rows}:
+            fail(f"--tasks {args.tasks}: {args.rows_path} has no row with the 'task' {', '.join(sorted(missing))}")
     return rows if args.data_path else rows[:SAMPLE_ROWS]
 
 

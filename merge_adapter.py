@@ -7,6 +7,7 @@ The result is compared with base model and adapter before it gets its name. docs
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetuning.cli.console import fail, say  # before peft, whose import is noisy
 
@@ -64,6 +65,7 @@ class MergeArguments:
 
 def main() -> None:
     (args,) = ScriptParser((MergeArguments,), __doc__).parse()
+    args.output_dir = str(Path(args.output_dir))  # without a slash at its end
     converter = find_converter(args.llama_cpp) if args.gguf else None
     args.adapter_path = find_adapter(args.adapter_path)
     config, info = read_adapter(args.adapter_path)

@@ -15,7 +15,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import CHATML, IM_END, REPOSITORY, THINKERS, Force, Run, make_model, make_tokenizer, save_checkpoint
 
@@ -185,8 +184,6 @@ def test_every_kind_of_matrix_is_compared(tmp_path: Path) -> None:
     for in_4bit in (False, True):
         loaded = load_model(ModelArguments(path, in_4bit), torch.float32, torch.device("cpu"))
         assert compare_fingerprints(saved, base_fingerprint(loaded)) is None
-        adapted = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
-        assert compare_fingerprints(saved, base_fingerprint(adapted)) is None
     for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
         other = copy.deepcopy(model)
         for name, parameter in other.named_parameters():
@@ -243,7 +240,10 @@ def test_an_adapter_that_somebody_sends_you(run: Run, adapter_path: str, base_pa
     message = ask(adapter_config_json=json.dumps(config | {"megatron_config": {"a": 1}, "megatron_core": "os"}))
     assert "LORA and PROMPT_TUNING are loaded" in message
     assert "kind IA3" in ask(adapter_config_json=json.dumps(config | {"peft_type": "IA3"}))
+    assert "holds no object" in ask(adapter_config_json="[]")
+    assert "does not fit" in ask(adapter_config_json=json.dumps(config | {"r": "x"}))
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "holds no object" in ask(adapter_info_json="null")
     assert "no base_fingerprint" in ask(
         adapter_info_json=json.dumps({k: info[k] for k in info if k != "base_fingerprint"})
     )
@@ -372,6 +372,16 @@ def test_an_adapter_that_changes_nothing(adapter_path: str, tmp_path: Path, caps
 
 
 BAD_FLAGS = {
+    "an input alone": (["--input", "a"], "add one, or leave --input out"),
+    "an empty value": (["--data_path", "ROWS", "--labels", ""], "--labels is empty"),
+    "a page over the answers": (
+        ["--data_path", "ROWS", "--output_file", "a.jsonl", "--report", "./a.jsonl"],
+        "name another",
+    ),
+    "a page over the scores": (
+        ["--data_path", "ROWS", "--output_file", "a.jsonl", "--report", "a.metrics.json"],
+        "is where the answers or their scores go",
+    ),
     "two questions": (["--instruction", "a", "--data_path", "ROWS"], "--instruction and --data_path"),
     "chat and rows": (["--interactive", "True", "--data_path", "ROWS"], "--data_path and --interactive"),
     "chat and labels": (["--interactive", "True", "--labels", "a,b"], "--labels"),

@@ -38,6 +38,8 @@ from finetuning.cli.arguments import ModelArguments
 from finetuning.generation import evaluate
 from finetuning.model import hub
 from finetuning.model.folder import adapter_state, save_adapter
+from finetuning.model.lora import add_lora
+from finetuning.training import checkpoints
 from finetuning.training.collators import FlattenCollator, PadCollator
 from finetuning.training.flags import parse_arguments
 from finetuning.training.trainer import make_trainer, prepare_adapter
@@ -200,7 +202,7 @@ def test_what_is_adapted(
     layers = {"mlp_only_layers": [0]} if model_type == "mixed" else {}
     model = make_model("qwen3_moe" if model_type == "mixed" else model_type, **layers)
     with nullcontext() if "layers" in words else pytest.raises(SystemExit):
-        train_lora.add_lora(model, train_lora.LoraArguments(target_modules=names))
+        add_lora(model, train_lora.build_lora_config(train_lora.LoraArguments(target_modules=names), model))
     assert words in "".join(capsys.readouterr())
 
 
@@ -473,6 +475,8 @@ def test_checkpoint_without_a_part_is_refused(run: Run, interrupted: list[str], 
         (["--per_device_train_batch_size", "2"], "x --gradient_accumulation_steps x processes) 4, not 2"),
         (["--gradient_accumulation_steps", "2"], "x --gradient_accumulation_steps x processes) 4, not 8"),
         (["--learning_rate", "1e-5"], "--learning_rate 0.0003, not 1e-05"),
+        (["--accelerator_config", '{"use_seedable_sampler": false}'], "--accelerator_config {"),
+        (["--resume_from_checkpoint", "latest"], "write True, for "),
     ],
 )
 def test_resuming_something_else_is_refused(
@@ -484,8 +488,43 @@ def test_resuming_something_else_is_refused(
         changed = ["--data_path", str(other)]
     if changed[0] == "--model_path":
         changed = ["--model_path", save_checkpoint(tmp_path / "model", make_tokenizer(), make_model(seed=1))]
-    message = run(*interrupted, *changed, "--resume_from_checkpoint", "True", expected=2)
+    message = run(*interrupted, "--resume_from_checkpoint", "True", *changed, expected=2)
     assert words in message and "checkpoint-3" in message
+
+
+def test_resuming_with_other_texts_or_tokens(
+    run: Run, interrupted: list[str], base_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 92: the same flags, but what the model reads has changed."""
+    checkpoint = tmp_path / "out/checkpoint-3"
+    info = json.loads((checkpoint / "adapter_info.json").read_text(encoding="utf-8"))
+    template = checkpoint / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    flags = [*interrupted, "--resume_from_checkpoint", checkpoint]
+    monkeypatch.setattr(checkpoints, "find_broken_part", lambda folder: None)  # which knows the sizes of the files
+    for name, changed, words in (
+        ("chat_template.jinja", text.replace("Output", "Answer"), "another chat template"),
+        ("adapter_info.json", json.dumps(info | {"tokens": [999, 9]}), "tokens [999, 9], not ["),
+    ):
+        before = (checkpoint / name).read_text(encoding="utf-8")
+        (checkpoint / name).write_text(changed, encoding="utf-8")
+        assert words in run(*flags, expected=2)
+        (checkpoint / name).write_text(before, encoding="utf-8")
+
+
+def test_resuming_at_the_end(run: Run, flags: list[str], tmp_path: Path) -> None:
+    """A run that was killed between its last checkpoint and its adapter takes no step more."""
+    flags = [*flags, *"--max_steps 4 --save_steps 2 --keep_checkpoints True --lr_scheduler_type constant".split()]
+    run(*flags)
+    first, second = tmp_path / "out", tmp_path / "second"
+    shutil.copytree(first / "checkpoint-4", second / "checkpoint-4")
+    printed = run(*flags, "--output_dir", second, "--resume_from_checkpoint", True)
+    assert "steps       4 from step 4" in printed and equal_weights(first, second)
+    assert sorted(path.name for path in second.glob("checkpoint-*")) == ["checkpoint-4"]
+    assert json.loads((second / "training_report.json").read_text(encoding="utf-8"))["steps"] == 4
+    # a finished adapter is no checkpoint
+    message = run(*flags, "--output_dir", second, "--resume_from_checkpoint", first, expected=2)
+    assert "this is no complete checkpoint; write True" in message
 
 
 # ---- mistakes

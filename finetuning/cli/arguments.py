@@ -21,7 +21,7 @@ from finetuning.cli.memory import allow_expandable_segments
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # The last words of flags that must be more than 0; other numbers may be 0.
-COUNTS = ("epochs", "layers", "length", "rate", "rows", "size", "steps", "tokens")
+COUNTS = ("epochs", "factor", "layers", "length", "rate", "rows", "size", "steps", "tokens")
 PER_PROCESSOR = 16  # workers, at most
 TRUST = "run the Python code that comes with a checkpoint; only if you trust its author"
 # Flags of other programs and of older versions of TrainingArguments, and what to use here.
@@ -101,6 +101,8 @@ class ScriptParser(HfArgumentParser):
             fail(f"{word}: no such flag" + (f"; did you mean --{near[0]}?" if near else " (--help lists the flags)"))
         self.given = {name: value for name, value in vars(namespace).items() if value != self.get_default(name)}
         for name, value in self.given.items():  # a default, such as --max_steps -1, has a meaning of its own
+            if value == "":
+                fail(f"--{name} is empty: give a value, or leave the flag out")
             least = "more than 0" if name.split("_")[-1] in COUNTS else "at least 0"
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and least == "at least 0"):
                 fail(f"--{name} {value}: must be a finite number, {least}")

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetuning.generation.generate import (
 from finetuning.generation.labels import classify_in_batches, labels_of_tasks
 from finetuning.generation.metrics import report
 from finetuning.generation.predictions import Predictions
+from finetuning.model.fingerprint import changes_base
 from finetuning.model.folder import METRICS
 from finetuning.preprocessing.dataset import Data
 from finetuning.preprocessing.encode import stop_token_ids
@@ -140,17 +142,20 @@ def show_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: 
     starts = [start for start, _, _ in spans]
     prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
     config = make_generation_config(tokenizer, max_new_tokens=SAMPLE_TOKENS)
-    with model.disable_adapter():
-        of_base = generate(model.get_base_model(), tokenizer, prompts, config)
+    of_base = []
+    if not changes_base(model):
+        with model.disable_adapter():
+            of_base = generate(model.get_base_model(), tokenizer, prompts, config)
     of_adapter = generate(model, tokenizer, prompts, config)
     stop_ids = stop_token_ids(tokenizer)
-    for example, (start, end, _), base, adapter in zip(examples, spans, of_base, of_adapter, strict=True):
+    for example, (start, end, _), base, adapter in zip_longest(examples, spans, of_base, of_adapter):
         supervised = [token for token in example["input_ids"][start:end] if token not in stop_ids]
         right = "".join(parse_generated(tokenizer.decode(supervised), tokenizer))
         name, text = f"row {example['row_number']}", adapter.thought + adapter.text
         say(f"\n{name:11} {shorten(tokenizer.decode(example['input_ids'][:start]))}")
         say(f"  right     {shorten(right)}")
-        say(f"  base      {shorten(base.thought + base.text)}")
+        if base:
+            say(f"  base      {shorten(base.thought + base.text)}")
         say(f"  adapter   {green(shorten(text)) if text == right else shorten(text)}")
 
 

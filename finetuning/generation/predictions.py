@@ -37,14 +37,18 @@ class Predictions:
         if not complete:
             self.write({"settings": settings})
             return
-        head, *lines = map(json.loads, complete.splitlines())
+        try:
+            head, *lines = map(json.loads, complete.splitlines())
+            saved = dict(head["settings"])
+            self.by_row = {line.pop("row"): line for line in lines}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fail(f"'{self.partial}' does not hold answers of this program: remove it, or name another --output_file")
         for name, value in json.loads(json.dumps(settings)).items():
-            if head["settings"].get(name) != value:
+            if saved.get(name) != value:
                 fail(
-                    f"'{self.partial}' was started with {name} {head['settings'].get(name)}, not {value};\n"
+                    f"'{self.partial}' was started with {name} {saved.get(name)}, not {value};\n"
                     "repeat the command that started it, remove it, or name another --output_file"
                 )
-        self.by_row = {line.pop("row"): line for line in lines}
         say(f"resuming after the {len(self.by_row)} rows in '{self.partial}'")
 
     def add(self, numbers: list[int], predictions: list[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ class Checkpoint:
 def check_output(output_dir: str, size: float) -> None:
     """Refuse an output folder that is in use, or a disk without room for a result of `size` bytes."""
     folder, unverified = Path(output_dir), Path(output_dir + UNVERIFIED)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"--output_dir '{folder}' already exists; name another folder, or remove it")
     if unverified.exists():
         fail(f"'{unverified}', of an earlier run, is in the way; remove it, or name another --output_dir")

@@ -29,6 +29,7 @@ from finetuning.merging.checkpoint_copy import (
 )
 from finetuning.merging.serving import PLAIN_RESPONSE, SOFT_TOKEN, serve_template, soft_tokens
 from finetuning.model.base_model import has_tokenizer
+from finetuning.model.fingerprint import CHANGES_BASE
 from finetuning.model.folder import NO_EFFECT, changes_nothing
 from finetuning.model.multimodal import (
     MULTIMODAL_PREFIX,
@@ -56,6 +57,9 @@ def check_can_merge(adapter_path: str, config: dict[str, Any], export: str) -> N
         fail(f"'{adapter_path}' has {', '.join(found)}, which cannot be merged; ask it with inference.py")
     if export == "peft" and config["peft_type"] != "LORA":
         fail("--export peft: no engine loads soft prompts as adapters; leave it out to make a checkpoint of this one")
+    if export == "peft" and config.get("init_lora_weights") in CHANGES_BASE:
+        start = f"began with {config['init_lora_weights']}, which changes the base model, and engines do not know that"
+        fail(f"--export peft: '{adapter_path}' {start}; leave it out to make a checkpoint")
 
 
 def export_adapter(adapter_path: str, base: Checkpoint, output: Path) -> None:

@@ -28,6 +28,8 @@ from finetuning.model.fingerprint import quantization
 from finetuning.model.multimodal import is_multimodal
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
+# The JSON files that transformers reads.
+READ = re.compile(r"config\.json$|index\.json$|^(tokenizer|vocab|special_tokens_map|added_tokens|chat_template)\.json$")
 MAX_NAMES = 3  # of weights, in a message
 
 
@@ -83,9 +85,10 @@ def find_problem(folder: Path) -> str | None:
         return f"has no config.json: it is not a checkpoint that transformers can load{hint}"
     if not has_tokenizer(folder):
         return f"has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); download those files too"
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(file for file in folder.glob("*.json") if READ.search(file.name) and file.is_file()):
         try:
-            json.loads(file.read_bytes())
+            if not isinstance(json.loads(file.read_bytes()), dict):
+                return f"has a {file.name} that holds no JSON object; download it again"
         except ValueError:
             return describe_broken(file)
     files = set(folder.glob("*.safetensors"))
@@ -180,7 +183,7 @@ def read_tokenizer(folder: str, trust_remote_code: bool, source: str = "--model_
     """The tokenizer of a base model or of an adapter, in a folder or on the hub."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a SOCKS proxy needs a package
+    except Exception as error:  # a SOCKS proxy without its package, for one, or a field of another type
         fail(f"{source} '{folder}': the tokenizer cannot be loaded: {explain_loading_error(error)}")
 
 

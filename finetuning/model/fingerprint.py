@@ -17,25 +17,26 @@ NOT_COMPARED = {*PreTrainedConfig().to_dict(), "quantization_config", "use_cache
 NOT_COMPARED |= {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
 NOT_COMPARED |= {"attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"}
 NOT_COMPARED -= {"model_type"}
+# How LoRA may begin (`init_lora_weights`) by taking its first values out of the base weights, which PEFT changes then.
+CHANGES_BASE = ("pissa", "olora")
 # Two matrices are the same if their samples point the same way: 4-bit weights reach 0.99, unrelated ones rarely 0.5.
 SAME_MATRIX = 0.9
 
 
-def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """The configuration of a base model, a sample of the weights that no quantisation changes, and one of each kind of
-    matrix.
+def base_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration of a base model without adapter, a sample of the weights that no quantisation changes, and one
+    of each kind of matrix.
 
     The samples hold values, not a hash, because the same checkpoint may be loaded in float16, in float32 or in 4 bits.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = json.loads(json.dumps(base.config.get_text_config().to_dict(), default=str))  # as it is read again
-    embedding = base.get_input_embeddings().weight
-    parameters = {name: parameter for name, parameter in base.named_parameters() if "lora_" not in name}
+    config = json.loads(json.dumps(model.config.get_text_config().to_dict(), default=str))  # as it is read again
+    embedding = model.get_input_embeddings().weight
+    parameters = dict(model.named_parameters())
     # norms and biases, which also differ between a base model and its instruct version
     vectors = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) == 1]
     # the last matrix of each kind, such as q_proj or experts.down_proj
     matrices = {
-        ".".join([part for part in name.split(".") if part not in ("weight", "base_layer")][-2:]): parameter
+        ".".join(name.removesuffix(".weight").split(".")[-2:]): parameter
         for name, parameter in parameters.items()
         if len(whole_shape(parameter)) > 1 and "layers." in name
     }
@@ -46,6 +47,11 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
             "weights": write([*sample(embedding), *sample(torch.cat([p.detach().float().cpu() for p in vectors]))]),
             "matrices": {kind: write(sample(dequantized(matrix))) for kind, matrix in matrices.items()},
         }
+
+
+def changes_base(model: PeftModel) -> bool:
+    """Whether the adapter has changed the weights of its base model."""
+    return getattr(model.peft_config["default"], "init_lora_weights", None) in CHANGES_BASE
 
 
 def dequantized(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -56,6 +56,7 @@ def describe_adapter(
     """The texts to save beside an adapter's weights, by file name: its prompt format, and what inference must match.
 
     Args:
+        model: whose base has its `fingerprint`, from `load_model`: the adapter may have changed it.
         summary: of the training rows.
         labels: the label words of each task in them.
         settings: of the run, which a resumed run must share.
@@ -64,7 +65,7 @@ def describe_adapter(
     info = {
         "base_model": model.get_base_model().name_or_path,
         "model_class": type(model.get_base_model()).__name__,
-        "base_fingerprint": base_fingerprint(model),
+        "base_fingerprint": model.get_base_model().fingerprint,
         "quantization": quantization(model),
         "prompt_format": prompt_format(tokenizer),
         "stop_token_ids": stop_token_ids(tokenizer),
@@ -72,6 +73,7 @@ def describe_adapter(
         "labels": labels,
         "command": command_line(),
         "data_sha256": summary.sha256,
+        "tokens": [summary.tokens, summary.supervised],  # as the tokenizer and the chat template make them
         "settings": settings,
         "versions": {name: version(name) for name in libraries},
     }
@@ -189,9 +191,9 @@ def find_broken_part(folder: Path) -> str | None:
     """The first file that a checkpoint lacks, or that is not as long as it was; None for a complete checkpoint."""
     try:
         sizes = json.loads((folder / INFO).read_text(encoding="utf-8")).get("files", {})  # older ones list none
-    except (OSError, ValueError):
+        found = {name: (folder / name).stat().st_size for name in dict(sizes) if (folder / name).is_file()}
+    except (OSError, ValueError, AttributeError, TypeError):
         return f"{INFO} is missing or broken"
-    found = {name: (folder / name).stat().st_size for name in sizes if (folder / name).is_file()}
     broken = [name for name, size in sizes.items() if found.get(name) != size]
     return f"{broken[0]} is {'broken' if broken[0] in found else 'missing'}" if broken else None
 
@@ -233,6 +235,8 @@ def read_adapter(adapter_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         info = json.loads((folder / INFO).read_text(encoding="utf-8")) if (folder / INFO).is_file() else {}
+        if not isinstance(config, dict) or not isinstance(info, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
         fail(f"'{adapter_path}': a JSON file of the adapter is broken ({error}); copy it again or train it again")
     missing = [name for name in NEEDED if info and name not in info]
@@ -280,7 +284,7 @@ def use_trained_format(tokenizer: PreTrainedTokenizerBase, adapter_path: str) ->
     if saved is None and config.is_file():
         try:
             saved = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except ValueError:
+        except (ValueError, AttributeError):
             fail(f"--adapter_path '{adapter_path}' {describe_broken(config)}")
     if isinstance(saved, list):  # several, by name
         saved = {each["name"]: each["template"] for each in saved}.get("default")
@@ -321,7 +325,7 @@ def load_adapter(model: PreTrainedModel, adapter_path: str, info: dict[str, Any]
                 f"weights without a place: {sorted(keys.unexpected_keys)[:2]}, places without a weight: "
                 f"{sorted(keys.missing_keys)[:2]}"
             )
-    except (ValueError, RuntimeError, KeyError) as error:  # PEFT missed a name, or found one or a shape too many
+    except Exception as error:  # PEFT missed a name, found one or a shape too many, or a field of another type
         if is_out_of_memory(error):
             raise
         fail(f"'{adapter_path}' does not fit this base model: {' '.join(str(error).split())[:300]}")

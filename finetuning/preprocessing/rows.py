@@ -30,8 +30,10 @@ ABSENT_IF_EMPTY = (*JSON_FIELDS, "system", "reasoning_content", "task")  # a tab
 FIELDS = ("instruction", "input", "output", *ABSENT_IF_EMPTY)
 # Fields of a message, by their names in OpenAI's, ShareGPT's, vLLM's, Ollama's, ms-swift's and Axolotl's data.
 ROLE, CONTENT, REASONING = ("role", "from"), ("content", "value"), ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a content
 LEARNT, MASKED = ("weight", "loss", "train", "training", "loss_weight"), ("mask", "masked")
-UNCLEAR = re.compile(r"(^|_)(loss|train|training|trainable|weight|mask|learn|ignore|supervised)(_|$)")  # loss_mask
+UNCLEAR = "loss|train|training|trainable|untrained|weight|mask|masked|learn|ignore|skip|exclude|supervised?|sft"
+UNCLEAR = re.compile(rf"(^|_)({UNCLEAR})(_|$)")  # loss_mask, and any other spelling of it
 YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}  # in a table it is text
 NO_TASK = "rows"  # the task of rows that name none
 LONGEST_LABEL = 40  # characters
@@ -47,7 +49,7 @@ REFUSED |= dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), 
 REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA)
 NOTHING = ("", "[]", "{}", "null")  # JSON text that holds nothing
 # If one of these is false, the answer is a rejected one, unless it is the answer to a yes/no question.
-JUDGEMENTS = ("label", "kto_tag")
+JUDGEMENTS = ("label", "kto_tag", "desirable", "is_correct")
 NO = ("false", "no", "incorrect", "wrong", "否", "不", "不是", "不对", "错", "错误", "假")
 
 # Names that other data sets give to our fields, the most telling first: Firefly has kind, input and target, ADGEN has
@@ -128,10 +130,14 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
     empty = dict.fromkeys(ABSENT_IF_EMPTY, ("",)) | dict.fromkeys(JSON_FIELDS, ("", []))
     row = {name: inner for name, inner in row.items() if inner not in empty.get(name, ())}
     if "messages" not in row and all(is_conversation(row.get(name)) for name in PAIR):
-        row["messages"] = [turn | {"weight": 0} for turn in row.pop("prompt")] + row.pop("completion")
+        answers = [turn for turn in row["prompt"] if ROLES.get(turn.get("role", turn.get("from"))) == "assistant"]
+        for turn in answers:
+            turn["weight"] = 0
+        row["messages"] = row.pop("prompt") + row.pop("completion")
     ignored = [name for name in row if name not in FIELDS]
     row = {name: inner for name, inner in row.items() if inner is not NOT_READ}
     refuse_other_meanings(row, "")
+    refuse_masks(row)
     for field in ("messages", "conversations"):
         if field in row:
             beside = [name for name in (*FIELDS, *PAIR) if name not in (field, "system", "task") and row.get(name)]
@@ -140,13 +146,14 @@ def normalize_row(value: Any, rename: dict[str, str], output_required: bool) -> 
             messages, others = read_messages(row.pop(field), field, row.pop("system", None), output_required)
             return row | {"messages": messages}, ignored + others
     check_names(row, value, output_required)
+    reasoning = take_first(row, REASONING, "")
+    ignored = [name for name in ignored if name not in REASONING]
     row.setdefault("input", "")
     for name in ("instruction", "input", "output", "system"):
         check_text(row.get(name, ""), f"'{name}'")
     check_history(row.get("history") or [])
     if not row["instruction"].strip():
         raise DataError("'instruction' is empty; write what the model should do")
-    reasoning = row.pop("reasoning_content", None)
     return row | separate_reasoning("output", row["output"], reasoning) if "output" in row else row, ignored
 
 
@@ -163,16 +170,32 @@ def rename_fields(row: Row, rename: dict[str, str]) -> Row:
 
 
 def refuse_other_meanings(fields: Row, where: str) -> None:
+    fields = {name.lower(): value for name, value in fields.items()}
     for field, reason in REFUSED.items():
         value = fields.get(field)
         if value and not (isinstance(value, str) and value.strip() in NOTHING):
             raise DataError(f"{where}'{field}': {reason}")
     for name in JUDGEMENTS:
-        is_false = name in fields and str(fields[name]).lower() == "false"  # in a CSV it is text
+        words = ("false",) if name == "label" else ("false", "0", "0.0", "-1")  # a label may be a number
+        is_false = name in fields and str(fields[name]).strip().lower() in words  # in a CSV it is text
         if is_false and str(fields.get("output")).strip(" \n.!。！").lower() not in NO:
             raise DataError(
                 f"{where}'{name}' is false: the row {PREFERENCE}; if it says something else, rename '{name}'"
             )
+
+
+def refuse_masks(row: Row) -> None:
+    """Refuse a row that is masked as a whole: only an answer of a conversation can be."""
+    for name, value in row.items():
+        plain = plain_name(name)
+        is_set = YES_OR_NO.get(str(value).lower()) if plain in (*LEARNT, *MASKED) else None
+        if plain == "loss_mask" or is_set is not None and is_set == (plain in MASKED):
+            raise DataError(f"has the {name} {value!r}: remove the row or the field, or mask answers of 'messages'")
+
+
+def plain_name(name: str) -> str:
+    """A field's name as others spell it: loss_mask, of lossMask, LOSS_MASK or loss-mask."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", name).lower().strip("_")
 
 
 def check_names(row: Row, raw: Row, output_required: bool) -> None:
@@ -279,11 +302,12 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
         The message with these fields, and its other fields, which mean nothing here.
     """
     fields = {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    role, content, reasoning = (take_first(fields, names) for names in (ROLE, CONTENT, REASONING))
+    role, content, reasoning = (take_first(fields, names, f"{where}: ") for names in (ROLE, CONTENT, REASONING))
     if role in TOOL_ROLES:
         raise DataError(f"{where} has the role '{role}': {TOOLS}")
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where} needs a 'role', one of {', '.join(ROLES)}")
+        found = f", not {role!r}" if role else "" if isinstance(message, dict) else f"; it is {describe(message)}"
+        raise DataError(f"{where} needs a 'role', one of {', '.join(ROLES)}{found}")
     refuse_other_meanings(fields, f"{where}: ")
     if isinstance(content, list):
         for part in content:
@@ -291,7 +315,7 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
                 raise DataError(
                     f"{where}: a part of 'content' is {describe(part)}, not {{'type': 'text', 'text': ...}}"
                 )
-            if part.get("type", "text") != "text":
+            if part.get("type", "text") not in TEXT_PARTS:
                 raise DataError(f"{where}: 'content' has a part of type {part['type']}: {MEDIA}")
             check_text(part.get("text"), f"{where}: a part of 'content'")
         content = "".join(part["text"] for part in content)
@@ -302,20 +326,27 @@ def read_message(message: Any, where: str) -> tuple[Row, Row]:
         return {"role": ROLES[role], "content": content}, fields
     texts = separate_reasoning("content", content, reasoning, f"{where}: ")
     weights = set()
-    for name in [name for name in (*LEARNT, *MASKED) if name in fields]:
-        value = fields.pop(name)
+    plain_names = {plain_name(name): name for name in fields}
+    for name in [name for name in (*LEARNT, *MASKED) if name in plain_names]:
+        value = fields.pop(plain_names.pop(name))
         is_set = YES_OR_NO.get(str(value).lower())
         if is_set is None:
             raise DataError(f"{where} has the {name} {value!r}; an answer is supervised, or not: write 1 or 0")
         weights.add(is_set != (name in MASKED))
-    for name in [*filter(UNCLEAR.search, fields), *(["weight"] if len(weights) > 1 else [])]:
+    unclear = [name for plain, name in plain_names.items() if UNCLEAR.search(plain)]
+    for name in [*unclear, *(["weight"] if len(weights) > 1 else [])]:
         raise DataError(f"{where} has '{name}': is it supervised or not? say it once, as 'weight', 1 or 0")
     return {"role": "assistant"} | texts | ({"weight": 0} if False in weights else {}), fields
 
 
-def take_first(fields: Row, names: tuple[str, ...]) -> Any:
-    """Take the first of these fields out of a message; if it has several, the others are named as ignored."""
-    return next((fields.pop(name) for name in names if name in fields), None)
+def take_first(fields: Row, names: tuple[str, ...], where: str) -> Any:
+    """Take what these names stand for out of a message; None if it has none of them."""
+    values = {name: fields.pop(name) for name in names if name in fields}
+    values = {name: value for name, value in values.items() if value != ""} or values
+    value = next(iter(values.values()), None)
+    if any(other != value for other in values.values()):
+        raise DataError(f"{where}{' and '.join(map(repr, values))} differ; remove one of them")
+    return value
 
 
 def check_text(value: Any, where: str) -> None:

@@ -63,7 +63,7 @@ def set_prompt_format(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name == "auto" and isinstance(tokenizer.chat_template, str) and MERGED_MARK in tokenizer.chat_template:
         return
     if name == "auto":
-        name = "chat" if tokenizer.chat_template and tokenizer.eos_token != "<|endoftext|>" else "plain"
+        name = "chat" if tokenizer.chat_template and tokenizer.eos_token not in (None, "<|endoftext|>") else "plain"
     if name == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif not isinstance(tokenizer.chat_template, str):

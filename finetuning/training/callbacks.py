@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetuning.cli.commands import resume_command
 from finetuning.cli.console import announce, fail, is_main_process
+from finetuning.model.folder import last_complete
 
 # With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
 # they still do at a scale of 1, the gradients themselves are too large.
@@ -122,11 +123,9 @@ class NotFiniteGuard(TrainerCallback):
                 if name == "grad_norm" and args.fp16 and not self.scale_is_small():
                     continue
                 advice = "--bf16 True, or a lower --learning_rate" if args.fp16 else "a lower --learning_rate"
-                fail(
-                    f"{self.find_source(state.global_step)}: {name} is {value}: training stops and saves no "
-                    f"adapter; the checkpoints in {args.output_dir} are older.\nTry {advice}",
-                    code=1,
-                )
+                older = f"; the last checkpoint is {last}" if (last := last_complete(args.output_dir)) else ""
+                source = self.find_source(state.global_step)
+                fail(f"{source}: {name} is {value}: training stops and saves no adapter{older}.\nTry {advice}", code=1)
         if "loss" in logs:
             self.forwards.clear()
 

@@ -31,6 +31,7 @@ from finetuning.model.folder import (
     REPORT,
     RESUME,
     SCRATCH,
+    TEMPLATE,
     WEIGHTS,
     adapter_state,
     describe_disk_error,
@@ -52,7 +53,7 @@ MAY_CHANGE = """
 output_dir resume_ bf16_full_ fp16_full_ use_ full_determinism activation_ gradient_checkpointing torch_ liger_
 auto_find_ log report_to run_name project trackio_ disable_tqdm include_ debug do_ skip_memory_ eval_st eval_delay
 eval_on_ eval_do_ eval_use_ eval_acc eval_data_path per_device_eval_ prediction_loss_only batch_eval_ load_best_
-metric_for_ greater_is_ save_ enable_jit_ restore_ push_ hub_ local_rank ddp_ fsdp deepspeed accelerator_ parallelism_
+metric_for_ greater_is_ save_ enable_jit_ restore_ push_ hub_ local_rank ddp_ fsdp deepspeed parallelism_
 dataloader_num_ dataloader_p dataloader_m dataloader_in_ remove_unused_ label_names length_ data_path prompt_format
 show_rows preprocessing_ token_cache_
 """
@@ -63,6 +64,8 @@ def run_settings(args: Arguments) -> dict[str, Any]:
     """What a resumed run must share, to be saved in adapter_info.json."""
     flags = args.training.to_dict() | vars(args.data)
     settings = {name: value for name, value in flags.items() if not name.startswith(tuple(MAY_CHANGE.split()))}
+    (settings["accelerator_config"] or {}).pop("non_blocking", None)  # of copies to a GPU
+    settings["loraplus_lr_ratio"] = vars(args.method).get("loraplus_lr_ratio")  # PEFT's configuration has the others
     return settings | {"processes": args.training.world_size, "engine": engine_asked_for(args.training)}
 
 
@@ -75,7 +78,8 @@ def must_match(config: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """
     shared = {name: value for name, value in config.items() if name not in NOT_COMPARED}
     shared = {name: sorted(value) if isinstance(value, list) else value for name, value in shared.items()}
-    shared |= {name: info[name] for name in ("quantization", "data_sha256", "prompt_format") if name in info}
+    names = ("quantization", "data_sha256", "prompt_format", "tokens")
+    shared |= {name: info[name] for name in names if name in info}
     if "settings" in info:
         settings = {"engine": None, "processes": 1} | info["settings"]
         engine, processes = settings.pop("engine"), settings.pop("processes")
@@ -242,10 +246,13 @@ def remove_checkpoints(output_dir: str) -> None:
 def choose_checkpoint(output_dir: str, wanted: str) -> Path:
     """The folder `wanted` or, for "True", the newest complete checkpoint; exits with code 2 if there is none."""
     for folder in find_checkpoints(output_dir) if wanted.lower() == "true" else [Path(wanted)]:
-        broken = find_broken_part(folder)
+        is_state = (folder / TRAINER_STATE_NAME).is_file()  # of which a finished adapter has none
+        broken = find_broken_part(folder) if is_state else f"{TRAINER_STATE_NAME} is missing"
         if broken is None:
             return folder
         warn(f"checkpoint '{folder}' is not complete ({broken})")
+    if last := last_complete(output_dir):
+        fail(f"--resume_from_checkpoint {wanted}: this is no complete checkpoint; write True, for {last}")
     fail(
         f"--resume_from_checkpoint {wanted}: there is no complete checkpoint to resume from;\n"
         "leave the flag out, or start anew with --overwrite_output_dir True"
@@ -271,6 +278,8 @@ def find_resume_checkpoint(
     own_config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))  # sets as lists
     info = json.loads(adapter_files[INFO])
     found = differences(must_match(config, saved), must_match(own_config, info))
+    if (folder / TEMPLATE).read_text(encoding="utf-8") != adapter_files[TEMPLATE]:
+        found.insert(0, "another chat template")
     if difference := compare_fingerprints(saved["base_fingerprint"], info["base_fingerprint"]):
         found.insert(0, f"another base model: {difference}")
     if found:

@@ -277,7 +277,8 @@ class Rehearsal(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         device, model = args.device, self.trainer.model
         used, free = used_memory(device), total_memory(device) - memory_of_others(device)
-        if args.world_size > 1 or args.optim.endswith(IN_BACKWARD):
+        is_at_end = state.global_step >= state.max_steps
+        if is_at_end or args.world_size > 1 or args.optim.endswith(IN_BACKWARD):
             fact("memory", f"{used / GIB:.2f} GiB in use, {(free - used) / GIB:.2f} free")
             return
         # after a resume the state names the batch of the run that wrote the checkpoint

@@ -169,6 +169,14 @@ def check_combinations(args: Arguments, evaluates: bool) -> None:
         fail("--activation_checkpointing_kwargs: offload moves activations from a GPU to main memory, and needs a GPU")
     if training_args.eval_strategy != "no" and not evaluates:
         fail("--eval_strategy needs rows to evaluate on: add --eval_data_path data/test.json")
+    if training_args.remove_unused_columns:
+        fail("--remove_unused_columns True would remove what batches are made of; leave it out")
+    loading = training_args.accelerator_config
+    if loading and (loading.dispatch_batches or loading.split_batches):
+        fail("--accelerator_config: batches of rows end to end can be neither dispatched nor split; leave these out")
+    metric = training_args.metric_for_best_model or ""
+    if metric.endswith("loss") and training_args.greater_is_better:
+        fail("--greater_is_better True would keep the worst loss; leave it out")
     if training_args.hub_strategy != "end":
         fail("--hub_strategy: the finished adapter is uploaded, no checkpoints; leave the flag out")
     if args.run.overwrite_output_dir and training_args.resume_from_checkpoint:

@@ -104,7 +104,8 @@ def describe_run(
     tokens = sum(row_lengths(trainer.train_dataset)) * state.epoch * (1 - resumed_at / state.global_step)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     config = trainer.model.peft_config["default"]
-    settings = {"model_path": args.model.model_path} | vars(args.method)
+    method = {name: value for name, value in vars(args.method).items() if value not in (None, False, "{}")}
+    settings = {"model_path": args.model.model_path} | method
     if config.peft_type == PeftType.PROMPT_TUNING:
         settings["num_virtual_tokens"] = config.num_virtual_tokens  # also if the text gave it
     settings |= {name: getattr(args.training, name) for name in SETTINGS.split()}

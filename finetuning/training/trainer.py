@@ -22,11 +22,11 @@ from finetuning.training.losses import put_loss_head
 
 
 class FineTuningTrainer(Trainer):
-    """The stock Trainer with five additions, all in public methods.
+    """The stock Trainer with six additions, all in public methods.
 
     The loss is computed in chunks from the hidden states; attention needs no mask; a loss that is not finite is
     reported with the rows it came from; several processes get each row once; the loss of an evaluation is the mean of
-    its tokens.
+    its tokens; a run that is resumed at its end takes no step.
 
     Args:
         kernel: of attention, from `choose_attention`.
@@ -71,6 +71,12 @@ class FineTuningTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """No batches for a run that is resumed at its end: the stock loop counts its steps only after the first."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         return share_rows_once(super().get_train_dataloader())
 
@@ -106,12 +112,14 @@ def make_trainer(
     train_dataset: Dataset,
     eval_dataset: Dataset | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> FineTuningTrainer:
     """Build the Trainer, with batches without padding if the model allows them.
 
     Args:
         args: the Trainer's; rows in random order are grouped by length, and `args` say so, if they have to be padded.
         train_dataset, eval_dataset: the columns of `common.preprocess_function`.
+        optimizer: None for that of `args`.
     """
     virtual_tokens = len(model.virtual_tokens) if isinstance(model, SoftPromptModel) else 0
     if can_flatten(model.config) and args.neftune_noise_alpha is None:  # NEFTune's noise depends on a row's length
@@ -137,6 +145,7 @@ def make_trainer(
         eval_dataset=eval_dataset,
         data_collator=collator,
         callbacks=list(callbacks),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # see progress.py
     return trainer

@@ -204,6 +204,18 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "pointer": (lambda folder: (folder / WEIGHTS).write_bytes(POINTER), ["Git LFS pointer", "git lfs pull"]),
     "lost shard": (without_a_shard, ["lacks model-00001-of-00002.safetensors"]),
+    "a tokenizer that is no object": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        ["has a tokenizer_config.json that holds no JSON object"],
+    ),
+    "a size that is text": (
+        lambda folder: change_config(folder, hidden_size="x"),
+        ["cannot be loaded: Validation error"],
+    ),
+    "a token that is a number": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"extra_special_tokens": 5}'),
+        ["the tokenizer cannot be loaded"],
+    ),
     "index without metadata": (without_metadata, ["has a model.safetensors.index.json that is not complete"]),
     "index is a pointer": (
         lambda folder: (folder / "model.safetensors.index.json").write_bytes(POINTER),

@@ -15,7 +15,7 @@ from support import THINKING, make_tokenizer, preprocess, read_all
 
 from finetuning.preprocessing.encode import IGNORE_INDEX
 from finetuning.preprocessing.files import DataError
-from finetuning.preprocessing.rows import LEARNT, MASKED, NO_TASK, normalize_row, task_of
+from finetuning.preprocessing.rows import LEARNT, MASKED, NO_TASK, normalize_row, plain_name, task_of
 from finetuning.preprocessing.templates import set_prompt_format
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -120,6 +120,22 @@ GOOD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ["b<|im_end|>"],
     ),
     "label words": (ROW | {"label": "positive"}, "", ["b<|im_end|>"]),
+    "a label that is a number": (ROW | {"label": 0, "weight": 1.0, "train": "true"}, "", ["b<|im_end|>"]),
+    "other spellings of a mask": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"Loss-Weight": 0}, TURNS[2], TURNS[3] | {"Masked": False}]},
+        "",
+        ["d<|im_end|>"],
+    ),
+    "an empty name of two": (
+        {"messages": [OPEN_AI[0], {"from": "gpt", "content": "", "value": "b"}]},
+        "",
+        ["b<|im_end|>"],
+    ),
+    "parts of answers": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"content": [{"type": "output_text", "text": "b"}]}]},
+        "",
+        ["b<|im_end|>"],
+    ),
 }
 
 
@@ -133,8 +149,10 @@ def test_what_is_supervised(tmp_path: Path, row: dict[str, Any], text: str, answ
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_names_of_reasoning(tmp_path: Path, name: str) -> None:
     """Trap 88: vLLM and OpenRouter say reasoning, Ollama thinking."""
-    ((whole, found),) = learnt(write(tmp_path, {"messages": [OPEN_AI[0], OPEN_AI[1] | {name: "hm"}]}))
-    assert found == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+    for row in ({"messages": [OPEN_AI[0], OPEN_AI[1] | {name: "hm"}]}, ROW | {name: "hm"}):
+        ((whole, found),) = learnt(write(tmp_path, row))
+        assert found == ["<think>\nhm\n</think>\n\nb<|im_end|>"]
+    assert normalize_row(ROW | {name: "hm"}, {}, True)[1] == []
 
 
 @hypothesis.example(name="loss", value=False)
@@ -152,7 +170,10 @@ def test_every_field_of_a_message_is_honoured_refused_or_named(name: str, value:
         row, ignored = normalize_row({"messages": turns}, {}, True)
     except DataError:
         return
-    assert f"messages.{name}" in ignored or row != plain or value in (1, False) and name in (*LEARNT, *MASKED)
+    is_mask = value in (1, False) and plain_name(name) in (*LEARNT, *MASKED)
+    assert f"messages.{name}" in ignored or row != plain or is_mask
+    # nothing is named that the file does not have
+    assert set(ignored) <= {f"messages.{each}" for turn in turns for each in turn}
 
 
 def test_weights_of_a_rewriting_template(tmp_path: Path) -> None:
@@ -171,6 +192,23 @@ def test_rows_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.Ca
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a masked row": (ROW | {"loss": False}, ["has the loss False: remove the row"]),
+    "a masked row of a table": (ROW | {"weight": "0"}, ["has the weight '0': remove the row"]),
+    "a mask of a row": (ROW | {"lossMask": [0]}, ["has the lossMask [0]: remove the row"]),
+    "mask of a conversation": ({"messages": OPEN_AI, "mask": True}, ["has the mask True: remove the row"]),
+    "unclear in capitals": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"trainOn": False}]},
+        ["message 2 has 'trainOn': is it supervised or not?"],
+    ),
+    "names that differ": (
+        {"messages": [OPEN_AI[0], OPEN_AI[1] | {"value": "c"}]},
+        ["message 2: 'content' and 'value' differ; remove one"],
+    ),
+    "thoughts that differ": (ROW | {"reasoning": "a", "thinking": "b"}, ["'reasoning' and 'thinking' differ"]),
+    "kto_tag of a table": (ROW | {"kto_tag": "0"}, ["'kto_tag' is false"]),
+    "image in capitals": (ROW | {"Images": ["a.png"]}, ["'images'", "only text"]),
+    "an unknown role": ({"messages": [{"role": "model", "content": "a"}]}, ["needs a 'role'", "not 'model'"]),
+    "a message that is text": ({"messages": ["a"]}, ["needs a 'role'", "it is text"]),
     "half a weight": (
         {"messages": [OPEN_AI[0], OPEN_AI[1] | {"weight": 0.5}]},
         ["message 2 has the weight 0.5; an answer is supervised, or not: write 1 or 0"],
