@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -47,10 +47,11 @@ def choose_attention(
 
 
 def torch_has_varlen() -> bool:
-    """Whether this PyTorch has `varlen_attn`, with heads that share keys (2.10's cannot), and was built to run it."""
-    if varlen_attn is None or not torch.backends.cuda.is_flash_attention_available():
-        return False
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    """Whether this PyTorch has `varlen_attn`, and was built to run it."""
+    return varlen_attn is not None and torch.backends.cuda.is_flash_attention_available()
+
+
+signature = cache(inspect.signature)  # each layer asks for it
 
 
 def missing_packages(config: PreTrainedConfig) -> list[str]:
@@ -77,7 +78,13 @@ def attend_varlen(
     # into SDPA, but does not know this kernel. Elsewhere all three have one dtype, and nothing is copied.
     query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
     rows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    return varlen_attn(query, key, value, *rows, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None], None
+    known = signature(varlen_attn).parameters
+    if "enable_gqa" not in known:  # before PyTorch 2.12
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+    # PyTorch 2.10 has `is_causal` in place of a window, and no scale but that of all Qwens, 1 / sqrt(head_dim)
+    options = {"is_causal": True, "window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
+    options = {name: option for name, option in options.items() if name in known}
+    return varlen_attn(query, key, value, *rows, **options)[None], None
 
 
 def attend_rows(

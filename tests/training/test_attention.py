@@ -2,13 +2,14 @@
 
 import inspect
 import sys
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import FLAT, HYBRID, TOKENS, make_model, make_rows, make_soft
-from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from finetuning.training import attention as module
@@ -17,6 +18,59 @@ from finetuning.training.collators import FlattenCollator, PadCollator
 
 
 def reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """`varlen_attn`, causal, as its documentation describes it, in plain arithmetic."""
+    assert query.dtype == key.dtype == value.dtype and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    assert cu_seq.dtype == torch.int32
+    starts = cu_seq.tolist()
+    assert longest == max(end - start for start, end in zip(starts, starts[1:], strict=False))
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    outputs = []
+    for start, end in zip(starts, starts[1:], strict=False):
+        q, k, v = (states[start:end].float() for states in (query, key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(dim=-1), v))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def varlen_2_10(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: object = None,
+) -> torch.Tensor:
+    """The signature of PyTorch 2.10."""
+    assert is_causal and query.shape == key.shape == value.shape
+    assert cu_seq_q is cu_seq_k and max_q == max_k
+    return reference(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5)
+
+
+def varlen_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: object = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    assert window_size == (-1, 0) and query.shape == key.shape == value.shape
+    assert cu_seq_q is cu_seq_k and max_q == max_k
+    return reference(query, key, value, cu_seq_q, max_q, scale or query.shape[-1] ** -0.5)
+
+
+def varlen_2_12(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -33,21 +87,13 @@ def reference(
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
-    """`varlen_attn` as its documentation describes it, in plain arithmetic."""
-    assert query.dtype == key.dtype == value.dtype and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.tolist() == cu_seq_k.tolist()
-    starts = cu_seq_q.tolist()
-    assert max_q == max_k == max(end - start for start, end in zip(starts, starts[1:], strict=False))
-    assert window_size == (-1, 0)  # causal
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
-    outputs = []
-    for start, end in zip(starts, starts[1:], strict=False):
-        q, k, v = (states[start:end].float() for states in (query, key, value))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
-        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(dim=-1), v))
-    return torch.cat(outputs).to(query.dtype)
+    """The signature of PyTorch 2.12 and 2.13."""
+    assert window_size == (-1, 0) and enable_gqa and key.shape[1] < query.shape[1]  # nothing is repeated
+    assert cu_seq_q is cu_seq_k and max_q == max_k
+    return reference(query, key, value, cu_seq_q, max_q, scale or query.shape[-1] ** -0.5)
+
+
+STAND_INS = [varlen_2_10, varlen_2_11, varlen_2_12]
 
 
 def make_adapted(model_type: str, method: str) -> torch.nn.Module:
@@ -62,27 +108,31 @@ def make_adapted(model_type: str, method: str) -> torch.nn.Module:
     return model.train()
 
 
-def test_the_stand_in_has_the_signature_of_the_real_kernel() -> None:
-    ours, theirs = (
-        {
-            name: (parameter.kind, parameter.default)
-            for name, parameter in inspect.signature(function).parameters.items()
-        }
-        for function in (reference, varlen_attn)
-    )
-    assert ours == theirs
+def parameters_of(function: Callable[..., object]) -> list[tuple[object, ...]]:
+    parameters = inspect.signature(function).parameters.values()
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in parameters]
 
 
-@pytest.mark.parametrize("kernel", ["varlen", "repeated_rows"])
+@pytest.mark.skipif(module.varlen_attn is None, reason="PyTorch before 2.10")
+def test_the_real_kernel_has_the_signature_of_a_stand_in() -> None:
+    assert parameters_of(module.varlen_attn) in [parameters_of(stand_in) for stand_in in STAND_INS]
+
+
+@pytest.mark.parametrize("stand_in", [*STAND_INS, None])
 @pytest.mark.parametrize("method", ["LoRA", "soft prompt"])
 @pytest.mark.parametrize("model_type", FLAT)
-def test_kernels_train_the_same(model_type: str, method: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients of row by row, with two query heads for each key head."""
-    monkeypatch.setattr(module, "varlen_attn", reference)
+def test_kernels_train_the_same(
+    model_type: str, method: str, stand_in: Callable[..., torch.Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of row by row, with two query heads for each key head.
+
+    Trap 110: before PyTorch 2.12, `varlen_attn` wants as many key heads as query heads.
+    """
+    monkeypatch.setattr(module, "varlen_attn", stand_in)
     model = make_adapted(model_type, method)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     results = []
-    for name in ("rows", kernel):
+    for name in ("rows", "varlen" if stand_in else "repeated_rows"):
         with attention(model.get_base_model(), name):
             loss = model(**FlattenCollator(TOKENS if method == "soft prompt" else 0)(make_rows())).loss
         results.append([loss, *torch.autograd.grad(loss, parameters)])
@@ -110,9 +160,13 @@ def test_repeated_keys_are_not_shared(kernel: str, heads: int, monkeypatch: pyte
 def test_varlen_gets_one_half_precision_dtype(base_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast a float32 base rotates query and key in float32, which the kernel refuses (as `reference`)."""
     seen = []
-    monkeypatch.setattr(
-        module, "varlen_attn", lambda *args, **more: seen.append(args[0].dtype) or reference(*args, **more)
-    )
+
+    @wraps(varlen_2_12)
+    def watch(query: torch.Tensor, *args: object, **more: object) -> torch.Tensor:
+        seen.append(query.dtype)
+        return varlen_2_12(query, *args, **more)
+
+    monkeypatch.setattr(module, "varlen_attn", watch)
     model = make_model().to(base_dtype)
     with attention(model, "varlen"), torch.autocast("cpu", dtype=torch.float16):
         model(**FlattenCollator()(make_rows()))
@@ -175,16 +229,11 @@ def test_choice_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_torch_has_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not torch_has_varlen()  # this one was built without CUDA
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert torch_has_varlen()
-
-    def early(query: object, key: object, value: object, cu_seq_q: object, is_causal: bool = False) -> None:
-        """PyTorch 2.10's."""
-
-    for kernel in (early, None):
-        monkeypatch.setattr(module, "varlen_attn", kernel)
-        assert not torch_has_varlen()
+    for built in (False, True):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda built=built: built)
+        for kernel in (*STAND_INS, None):
+            monkeypatch.setattr(module, "varlen_attn", kernel)
+            assert torch_has_varlen() == (built and kernel is not None)
 
 
 def test_slow_linear_attention_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
