@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -94,10 +95,13 @@ class FineTuningTrainer(Trainer):
 
 
 def prepare_adapter(model: PeftModel) -> None:
-    """Make the trainable parameters float32, and print how many there are."""
+    """Make the trainable parameters float32, and print how many there are; let gradients through 4-bit weights."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # "Attempting to unscale FP16 gradients" otherwise
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # on CPUs with AVX512-BF16 an evaluation would repack its weights for good,
+            module.support_avx512bf16_for_cpu = False  # for a kernel that has no gradient
     trainable, total = model.get_nb_trainable_parameters()
     if trainable == 0:
         fail("the adapter has no trainable parameters")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from support import Run, adapter_weights, make_model, make_rows
+from support import Run, adapter_weights, difference, make_model, make_rows, make_tokenizer, save_checkpoint
 from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer
 
@@ -151,6 +152,26 @@ def test_few_losses_wait_for_a_log(capsys: pytest.CaptureFixture[str]) -> None:
             SimpleNamespace(fp16=False, output_dir="out"), SimpleNamespace(global_step=step), None, {"loss": math.nan}
         )
     assert "step 2001 (rows 2001 of the data file): loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])  # with biases and without
+def test_an_evaluation_changes_no_4bit_training(
+    run_main: Run, flags: list[str], rows_path: str, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 106: on a CPU with AVX512-BF16, bitsandbytes has a kernel for answers that lets no gradient through."""
+
+    def without_gradient(states: torch.Tensor, weight: torch.Tensor, out: None, state: QuantState) -> torch.Tensor:
+        return torch.zeros(*states.shape[:-1], state.shape[0]).requires_grad_(states.requires_grad)
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    monkeypatch.setattr("bitsandbytes.functional.gemv_4bit", without_gradient)
+    model = make_model(model_type, hidden_size=64, head_dim=16)
+    path = save_checkpoint(tmp_path / "model", make_tokenizer(), model)
+    words = f"--model_path {path} --load_in_4bit True --lora_dropout 0 --eval_metrics False --save_steps 6"
+    for name, more in {"with": f"--eval_data_path {rows_path} --eval_strategy steps --eval_steps 3", "out": ""}.items():
+        printed = run_main(train_lora, *flags, *words.split(), *more.split(), "--output_dir", tmp_path / name)
+        assert ("evaluation, " in printed) == (name == "with")
+    assert difference(tmp_path / "with", tmp_path / "out") == 0.0
 
 
 @pytest.mark.parametrize("more", ["", "--load_in_4bit True"])
