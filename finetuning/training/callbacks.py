@@ -19,6 +19,8 @@ from finetuning.model.folder import last_complete
 # With fp16, gradients overflow until the loss scale has come down from 65,536, and the optimizer skips those steps. If
 # they still do at a scale of 1, the gradients themselves are too large.
 SMALLEST_LOSS_SCALE = 1
+# Below this loss of a token the answers are learnt, and float16 may have no number left for their gradient.
+LEARNT = 1e-3
 MOST_ROWS = 16  # named in a message
 MOST_LOSSES = 1024  # that wait for a log
 
@@ -87,6 +89,8 @@ class StopOnSignal(TrainerCallback):
 class NotFiniteGuard(TrainerCallback):
     """Stops the run at the first logged loss or gradient norm that is NaN or infinite, and names the rows it came from.
 
+    Also at a gradient norm of 0 in a step with something to learn.
+
     Losses stay on their device until the next log, so that no step has to wait for the GPU. A checkpoint is written
     only after a log of the same step, so every checkpoint is a good one.
 
@@ -126,8 +130,24 @@ class NotFiniteGuard(TrainerCallback):
                 older = f"; the last checkpoint is {last}" if (last := last_complete(args.output_dir)) else ""
                 source = self.find_source(state.global_step)
                 fail(f"{source}: {name} is {value}: training stops and saves no adapter{older}.\nTry {advice}", code=1)
+        if values.get("grad_norm") == 0 and self.has_something_to_learn(args, state.global_step):
+            fail(
+                f"step {state.global_step}: the gradient norm is 0, so nothing is learnt: training stops and saves no "
+                "adapter.\nIs the adapter frozen, is there a kernel without gradient (for 4-bit weights?), or is the "
+                "--learning_rate far too high?",
+                code=1,
+            )
         if "loss" in logs:
             self.forwards.clear()
+
+    def has_something_to_learn(self, args: TrainingArguments, step: int) -> bool:
+        """Whether all processes together had a loss in the step: rows without supervised tokens, for one, have none.
+
+        In float16, DeepSpeed gives a norm of 0 until the first step without an overflow.
+        """
+        if args.fp16 and self.scaler is None:
+            return False
+        return sum(gather_object([loss.item() for its_step, _, loss in self.forwards if its_step == step])) > LEARNT
 
     def scale_is_small(self) -> bool:
         """Whether the loss scale, halved after the overflow, was 1 or less. Reading it waits for the GPU."""

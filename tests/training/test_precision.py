@@ -1,6 +1,7 @@
 """Half precision, with CPU autocast and GradScaler: exact gradients, skipped steps, float32 adapters."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from support import Run, adapter_weights, difference, make_model, make_rows, make_tokenizer, save_checkpoint
+from support import Run, adapter_weights, difference, logged, make_model, make_rows, make_tokenizer, save_checkpoint
 from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer
 
@@ -127,6 +128,59 @@ def test_overflows_end_no_run_while_the_scale_comes_down() -> None:
     with pytest.raises(SystemExit):  # nor a norm without fp16
         args.fp16 = False
         NotFiniteGuard(None).on_log(args, state, None, {"grad_norm": float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("losses", "elsewhere", "fp16", "scaler", "stops"),
+    [
+        ({2: 1.5}, [], False, False, True),
+        ({2: 1.5}, [], True, True, True),
+        ({2: 0.0}, [1.5], False, False, True),  # the rows of another process
+        ({1: 1.5, 2: 0.0}, [0.0], False, False, False),  # no supervised tokens in the last step
+        ({1: 1.5, 2: 1e-4}, [], True, True, False),  # learnt: the gradient is below float16's smallest number
+        ({2: 1.5}, [], True, False, False),  # DeepSpeed, before the first step without an overflow
+    ],
+)
+def test_a_gradient_of_0_ends_the_run_if_there_is_something_to_learn(
+    losses: dict[int, float],
+    elsewhere: list[float],
+    fp16: bool,
+    scaler: bool,
+    stops: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trap 106, whatever the cause. The logged loss is the mean of several steps, the norm is of the last one."""
+    monkeypatch.setattr(callbacks, "gather_object", lambda mine: [*mine, *elsewhere])
+    guard = NotFiniteGuard(torch.amp.GradScaler("cpu") if scaler else None)
+    for guard.step, loss in losses.items():
+        guard.record([guard.step], torch.tensor(loss))
+    with pytest.raises(SystemExit) if stops else nullcontext() as stop:
+        logs = {"loss": 1.0, "grad_norm": 0.0}
+        guard.on_log(SimpleNamespace(fp16=fp16, output_dir="out"), SimpleNamespace(global_step=2), None, logs)
+    if stops:
+        assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: step 2: the gradient norm is 0") == stops
+
+
+@pytest.mark.parametrize("script", [train_lora, train_prompt_tuning])
+def test_a_run_without_gradients(
+    run_main: Run, flags: list[str], tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 106, in runs. Half of LoRA has no gradient in its first step, and clipping may be off: no reason to stop."""
+    flags = [*flags, "--logging_steps", "1", "--save_steps", "1", "--max_steps", "2", "--max_grad_norm", "0"]
+    run_main(script, *flags, "--output_dir", tmp_path / "trained", "--keep_checkpoints", True)
+    assert len(logged(tmp_path / "trained", "grad_norm")) == 2 and min(logged(tmp_path / "trained", "grad_norm")) > 0
+
+    def lose_gradients(model: torch.nn.Module) -> None:
+        trainer_module.prepare_adapter(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
+
+    monkeypatch.setattr(common, "prepare_adapter", lose_gradients)
+    assert "step 1: the gradient norm is 0" in run_main(script, *flags, expected=1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_rows_of_another_process_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
