@@ -6,7 +6,6 @@ The cases of the tests are reused. An input that is silently wrong, ends in a tr
 mistake, raises an AssertionError.
 """
 
-import io
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +28,7 @@ import test_base_model
 import test_files
 import test_folder
 import test_normalize
-from support import CHATML, THINKERS, make_model, make_tokenizer, save_checkpoint
+from support import CHATML, THINKERS, call_main, make_model, make_tokenizer, save_checkpoint
 from transformers import TrainingArguments
 
 import inference
@@ -54,24 +52,10 @@ class Case(NamedTuple):
     code: int = 2
 
 
-def run(script: ModuleType, flags: list[Any]) -> tuple[int, str]:
-    """Call a script's main; returns its exit code, and what it printed on stdout and stderr."""
-    printed, code = io.StringIO(), 0
-    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
-    try:
-        with redirect_stdout(printed), redirect_stderr(printed):
-            script.main()
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = argv
-    return code, printed.getvalue()
-
-
 def check(case: Case) -> str:
     """Run a case; returns the line that it shows, without the path of its folder."""
     with tempfile.TemporaryDirectory() as folder:
-        code, printed = run(case.script, case.flags(Path(folder)))
+        code, printed = call_main(case.script, case.flags(Path(folder)))
         printed = printed.replace(folder + "/", "").replace(str(REPOSITORY) + "/", "")
     assert code == case.code and "Traceback" not in printed, (case.what, printed)
     lines = [line for line in re.split("[\n\r]", printed) if all(word in line for word in case.words[:1])]
@@ -106,7 +90,7 @@ def training(folder: Path, model: Path, data: Path, *more: Any) -> list[Any]:
 
 def adapter(folder: Path, *more: Any, template: str = CHATML, data: list[Any] = (ROW,)) -> Path:
     """A trained adapter."""
-    code, printed = run(train_lora, training(folder, base(folder, template), rows(folder, *data), *more))
+    code, printed = call_main(train_lora, training(folder, base(folder, template), rows(folder, *data), *more))
     assert code == 0, printed
     return folder / "out"
 

@@ -4,20 +4,23 @@ The tokenizer is byte-level, with one token for each byte and a single merge, of
 out token ids: the id of a byte is its value.
 """
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModelForCausalLM, PromptTuningConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,6 +48,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TOKENS = 5  # of a soft prompt
 FLAT = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]  # families that may be flattened
 HYBRID = ["qwen3_next", "qwen3_5_text"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+EXPERTS |= {"shared_expert_intermediate_size": 16, "mlp_only_layers": []}  # of each layer
 
 NEWLINES, ENDOFTEXT, IM_START, IM_END = 256, 257, 258, 259
 
@@ -128,9 +133,8 @@ def make_model(model_type: str = "qwen2", seed: int = 0, **changes: object) -> t
         "pad_token_id": ENDOFTEXT,
     }
     if "moe" in model_type:
-        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        sizes |= {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    if model_type in ("qwen3_next", "qwen3_5_text"):
+        sizes |= EXPERTS
+    if model_type in (*HYBRID, "qwen3_5_moe_text"):
         sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_hidden_layers": 4}
         sizes |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
         sizes |= {"mlp_only_layers": [0, 1, 2, 3]} if model_type == "qwen3_next" else {}
@@ -147,6 +151,45 @@ def save_checkpoint(folder: Path, tokenizer: Qwen2Tokenizer, model: torch.nn.Mod
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def push_down(model: torch.nn.Module) -> torch.nn.Module:
+    """As pretraining does, make the ids without a token improbable."""
+    head = model.get_output_embeddings().weight.data
+    head[len(make_tokenizer()) :] = head[: len(make_tokenizer())].mean(dim=0)
+    return model
+
+
+def save_whole(folder: Path, moe: str, tokenizer: Qwen2Tokenizer, **changes: object) -> str:
+    """A checkpoint as released since Qwen3.5: text, vision, and `mtp` weights that transformers leaves out."""
+    text = make_model("qwen3_5_text", **changes).config.to_dict() | (EXPERTS if moe else {})
+    text |= {"model_type": f"qwen3_5{'_moe' if moe else ''}_text"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
+    vision |= {"out_hidden_size": text["hidden_size"]}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"Qwen3_5{moe}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"Qwen3_5{moe}ForConditionalGeneration")(config)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(folder, tokenizer, push_down(model))
+    mtp = {"mtp.fc.weight": torch.randn(32, 64), "mtp.layers.0.self_attn.q_proj.weight": torch.randn(64, 32)}
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | mtp, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def save_base(folder: Path, kind: str, tokenizer: Qwen2Tokenizer | None = None, **changes: object) -> str:
+    """A checkpoint of random weights; `kind` is a model type, or a class with vision: "whole" or "wholeMoe"."""
+    tokenizer = tokenizer or make_tokenizer()
+    if kind.startswith("whole"):
+        return save_whole(folder, kind.removeprefix("whole"), tokenizer, **changes)
+    model_type, _, tied = kind.partition(" ")
+    if model_type == "qwen3_next":  # with experts, as released, but not with 512 of them in each layer
+        changes |= EXPERTS
+    model = make_model(model_type, tie_word_embeddings=bool(tied), **changes)
+    return save_checkpoint(folder, tokenizer, push_down(model))
 
 
 def make_soft(model_type: str = "qwen2", cls: type = SoftPromptModel) -> PeftModelForCausalLM:
@@ -202,6 +245,20 @@ def six_steps(base_path: str, rows_path: str, folder: Path) -> list[str]:
         f"--model_path {base_path} --data_path {rows_path} --output_dir {folder} "
         "--per_device_train_batch_size 4 --max_steps 6 --disable_tqdm True"
     ).split()
+
+
+def call_main(script: ModuleType, flags: list[Any]) -> tuple[int, str]:
+    """Call a script's main; returns its exit code, and what it printed on stdout and stderr."""
+    printed, code = io.StringIO(), 0
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, flags)]
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            script.main()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return code, printed.getvalue()
 
 
 SHORT = 16  # tokens of an answer

@@ -10,10 +10,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import CHATML, ENDOFTEXT, IM_END, THINKERS, TOKENS, Run, make_model, make_tokenizer, save_checkpoint
+from support import (
+    CHATML,
+    ENDOFTEXT,
+    IM_END,
+    THINKERS,
+    TOKENS,
+    Run,
+    make_model,
+    make_tokenizer,
+    push_down,
+    save_base,
+    save_checkpoint,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import inference
@@ -44,46 +55,6 @@ def merge(run_main: Run, rows_path: str, tmp_path: Path) -> Run:
     """Run the command on the adapter in tmp_path/adapter."""
     flags = ["--adapter_path", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     return partial(run_main, merge_adapter, *flags, "--check_data_path", rows_path)
-
-
-def push_down(model: torch.nn.Module) -> torch.nn.Module:
-    """As pretraining does, make the ids without a token improbable."""
-    head = model.get_output_embeddings().weight.data
-    head[len(make_tokenizer()) :] = head[: len(make_tokenizer())].mean(dim=0)
-    return model
-
-
-def save_whole(folder: Path, moe: str, tokenizer: Any) -> str:
-    """A checkpoint as released since Qwen3.5: text, vision, and `mtp` weights that transformers leaves out."""
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
-    text = make_model("qwen3_5_text").config.to_dict()
-    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if moe else {}
-    text |= {"shared_expert_intermediate_size": 16, "model_type": f"qwen3_5{moe.lower()}_text"}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"Qwen3_5{moe}Config")(text_config=text, vision_config=vision)
-    model = getattr(transformers, f"Qwen3_5{moe}ForConditionalGeneration")(config)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_checkpoint(folder, tokenizer, push_down(model))
-    mtp = {"mtp.fc.weight": torch.randn(32, 64), "mtp.layers.0.self_attn.q_proj.weight": torch.randn(64, 32)}
-    save_file(load_file(folder / WEIGHTS) | mtp, folder / WEIGHTS, metadata={"format": "pt"})
-    return str(folder)
-
-
-def save_base(folder: Path, kind: str, tokenizer: Any = None) -> str:
-    """A checkpoint of random weights; `kind` is a model type, or a class with vision."""
-    tokenizer = tokenizer or make_tokenizer()
-    if kind.startswith("whole"):
-        return save_whole(folder, kind.removeprefix("whole"), tokenizer)
-    model_type, _, tied = kind.partition(" ")
-    changes = {}
-    if model_type == "qwen3_next":  # with experts, as released, but not with 512 of them in each layer
-        changes = {"mlp_only_layers": [], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        changes |= {"shared_expert_intermediate_size": 16}
-    model = make_model(model_type, tie_word_embeddings=bool(tied), **changes)
-    return save_checkpoint(folder, tokenizer, push_down(model))
 
 
 def save_random_adapter(
