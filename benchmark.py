@@ -103,9 +103,11 @@ def training_arguments(args: BenchmarkArguments, method: Method, model_path: str
     words = ["--model_path", model_path, "--data_path", args.data_path, "--output_dir", output_dir]
     words += f"--per_device_train_batch_size {args.batch_size} --max_steps {args.warmup_steps + args.steps}".split()
     words += f"--gradient_checkpointing {args.gradient_checkpointing} --load_in_4bit {method.load_in_4bit}".split()
-    words += "--save_strategy no --logging_steps 1 --dataloader_num_workers 0 --remove_unused_columns True".split()
+    words += "--save_strategy no --logging_steps 1 --dataloader_num_workers 0".split()
     words += ["--bf16", str(args.bf16 or pure_bf16), *method_flags.split()]
-    return parse_arguments(method_arguments, None, words)
+    run = parse_arguments(method_arguments, None, words)
+    run.training.remove_unused_columns = True  # for the stock Trainer
+    return run
 
 
 def build_trainer(

@@ -58,6 +58,7 @@ MUTANTS = [
     Mutant("merge_adapter.py", "    args.output_dir = str(Path(args.output_dir))", "    pass", "test_merge_adapter prefix"),
     Mutant("finetuning/merging/checkpoint_copy.py", "if folder.is_symlink() or", "if", "test_merge_adapter mistakes"),
     Mutant("finetuning/model/base_model.py", "if not isinstance(json.loads(file.read_bytes()), dict):", "if json.loads(file.read_bytes()) is None:", "test_base_model cannot_be_loaded"),
+    Mutant("finetuning/training/trainer.py", "    if not is_known(model.config):", "    if False:", "test_devices family"),
     # LoRA's variants
     Mutant("finetuning/model/lora.py", 'names == set(find_layers(model, "all-linear"))', "False", "test_train_lora adapted"),
     Mutant("finetuning/model/lora.py", "or max(numbers) >= count:", "or False:", "test_lora_variants refused"),

@@ -85,7 +85,7 @@ def test_while_quantising_the_model(run_main: Run, base_path: str, monkeypatch: 
 def test_while_making_the_adapter(
     run_main: Run, script: ModuleType, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = "get_peft_model" if script is train_lora else "add_soft_prompt"
+    maker = "add_lora" if script is train_lora else "add_soft_prompt"
     monkeypatch.setattr(script, maker, run_out)
     message = run_main(script, *flags, expected=1)
     assert advice(message, script)[:2] == ["--gradient_checkpointing True", "--load_in_4bit True"]

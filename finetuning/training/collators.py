@@ -30,8 +30,12 @@ def can_flatten(config: PreTrainedConfig) -> bool:
 
 def needs_no_mask(config: PreTrainedConfig) -> bool:
     """Whether plain causal attention is right for the batches of both collators: there are no sliding windows."""
-    known = config.model_type in FULL_ATTENTION_FAMILIES + HYBRID_FAMILIES
-    return known and layer_types(config) <= {"full_attention", "linear_attention"}
+    return is_known(config) and layer_types(config) <= {"full_attention", "linear_attention"}
+
+
+def is_known(config: PreTrainedConfig) -> bool:
+    """Whether the model is of a family that was tried here."""
+    return config.model_type in FULL_ATTENTION_FAMILIES + HYBRID_FAMILIES
 
 
 def layer_types(config: PreTrainedConfig) -> set[str]:

@@ -17,7 +17,7 @@ from finetuning.model.soft_prompts import SoftPromptModel
 from finetuning.training.attention import KERNELS, attention, choose_attention, missing_packages
 from finetuning.training.callbacks import NotFiniteGuard
 from finetuning.training.checkpoints import explain_failed_write
-from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten
+from finetuning.training.collators import FlattenCollator, PadCollator, can_flatten, is_known, layer_types
 from finetuning.training.flags import start_swanlab
 from finetuning.training.losses import put_loss_head
 
@@ -138,6 +138,9 @@ def make_trainer(
     flattened = isinstance(collator, FlattenCollator)
     kernel = choose_attention(model.config, flattened, capability, args.fp16 or args.bf16)
     fact("batches", f"{'rows end to end' if flattened else 'padded rows'}; attention: {KERNELS[kernel]}")
+    if not is_known(model.config):
+        kinds = ", ".join(sorted(layer_types(model.config)))
+        say(f"{model.config.model_type} was not tried here: rows are padded, and {kinds} is transformers' own")
     missing = missing_packages(model.config)
     if capability and missing:
         say(f"linear attention takes its slow path; for the fast kernels: pip install {' '.join(missing)}")

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support import make_model, make_rows, make_soft
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import liger
 
 import common
@@ -130,6 +130,15 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "float32, on the GPU of this Mac" in printed and ROWS in printed
     assert not (args.fp16 or args.bf16 or args.dataloader_pin_memory or args.accelerator_config.non_blocking)
     assert parsed.dtype == torch.float32
+
+
+def test_another_family(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It trains, on padded rows, and the run says so."""
+    monkeypatch.setattr(trainer_module, "FineTuningTrainer", Mock())
+    for model_type, words in (("llama", "llama was not tried here"), ("qwen3", "")):
+        trainer_module.make_trainer(Mock(config=AutoConfig.for_model(model_type)), 0, parse().training, None)
+        printed = capsys.readouterr().out
+        assert words in printed and ("and full_attention is" in printed) == bool(words)
 
 
 @pytest.mark.parametrize("platform", ["linux", "win32"])
