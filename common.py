@@ -24,16 +24,8 @@ from finetuning.cli.commands import inference_command
 from finetuning.cli.memory import memory_advice
 from finetuning.generation.evaluate import evaluate
 from finetuning.generation.labels import labels_of_tasks, warn_about_labels
-from finetuning.model import base_model
+from finetuning.model import base_model, folder
 from finetuning.model.fingerprint import base_fingerprint, quantization
-from finetuning.model.folder import (
-    adapter_state,
-    choose_thinking,
-    describe_adapter,
-    own_tokenizer,
-    save_adapter,
-    use_trained_format,
-)
 from finetuning.model.hub import upload
 from finetuning.preprocessing.dataset import Data, load_training_data
 from finetuning.preprocessing.encode import encode, pad_token_id, to_messages
@@ -70,11 +62,11 @@ def load_tokenizer(
     base_model.check_model_path(model_args.model_path)
     tokenizer = base_model.read_tokenizer(model_args.model_path, model_args.trust_remote_code)
     if adapter_path:
-        tokenizer = own_tokenizer(adapter_path, model_args.trust_remote_code, tokenizer)
+        tokenizer = folder.own_tokenizer(adapter_path, model_args.trust_remote_code, tokenizer)
     base_model.check_vocabulary(tokenizer, model_args.model_path)
     set_prompt_format(tokenizer, format_name or "auto")
     if adapter_path and not format_name:
-        use_trained_format(tokenizer, adapter_path)
+        folder.use_trained_format(tokenizer, adapter_path)
     return tokenizer
 
 
@@ -171,7 +163,7 @@ def train(
             run cannot be resumed.
     """
     prepare_adapter(model)
-    choose_thinking(tokenizer, train_data.summary, args.data.thinking)
+    folder.choose_thinking(tokenizer, train_data.summary, args.data.thinking)
     warn_about_labels(train_data.summary)
     warn_about_positions(train_data.dataset, model.config.get_text_config())
     print_first_row(train_data.dataset, tokenizer)
@@ -202,14 +194,14 @@ def train_and_save(
 ) -> dict[str, Any]:
     """Train, from a checkpoint if asked to; save the adapter if it passes its checks; return what the run was."""
     output_dir, labels = args.training.output_dir, labels_of_tasks(train_data.summary)
-    files = describe_adapter(model, tokenizer, train_data.summary, labels, checkpoints.run_settings(args))
+    files = folder.describe_adapter(model, tokenizer, train_data.summary, labels, checkpoints.run_settings(args))
     checkpoint = None
     if args.training.should_save:
         checkpoint = checkpoints.find_resume_checkpoint(output_dir, args.training.resume_from_checkpoint, model, files)
         checkpoints.clear_output_dir(output_dir, args.run.overwrite_output_dir, checkpoints.saved_step(checkpoint))
     (checkpoint,) = broadcast_object_list([checkpoint])
     resumed_at = checkpoints.saved_step(checkpoint)
-    start = adapter_state(model)
+    start = folder.adapter_state(model)
 
     remedies = list(memory_flags(args, max(row_lengths(train_data.dataset))).values())
     signals, log = StopOnSignal(), ProgressLog()
@@ -222,10 +214,10 @@ def train_and_save(
         result = trainer.train(resume_from_checkpoint=checkpoint)
     signals.exit_if_caught()
 
-    state = adapter_state(model)
+    state = folder.adapter_state(model)
     PartialState().wait_for_everyone()  # another process may still read the best checkpoint
     if args.training.should_save:
-        save_adapter(model, state, output_dir, start, files)
+        folder.save_adapter(model, state, output_dir, start, files)
         if not args.run.keep_checkpoints:
             checkpoints.remove_checkpoints(output_dir)
     run = describe_run(trainer, result.metrics["train_runtime"], log.seconds, resumed_at, train_data.summary, args)
