@@ -28,8 +28,9 @@ def train(run_main: Run, script: ModuleType, flags: list[str], base: str, out: P
     return [entry[name] for entry in history for name in ("loss", "grad_norm")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("model_type", ["qwen2", pytest.param("qwen3_5_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5_text"])
 def test_any_division_of_a_step(
     run_main: Run, flags: list[str], tmp_path: Path, script: ModuleType, model_type: str
 ) -> None:

@@ -29,7 +29,7 @@ VARIANTS = {
     "experts": EXPERTS,
     "ranks": '--lora_kwargs {"rank_pattern":{"q_proj":4},"bias":"lora_only"}',
 }
-QUICK = ("PiSSA", "LoRA+")
+QUICK = ("PiSSA",)
 
 
 @pytest.fixture(scope="module")
