@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from support import Run
+from support import REPOSITORY, Run
 
 from benchmarking import recipes
 
@@ -70,6 +70,8 @@ def test_mistakes(run_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_in_earnest(tmp_path: Path) -> None:
     flags = "--recipes base,contract,soft-5 --seeds 1 --score exact_match --flags".split()
     command = [sys.executable, "-m", "benchmarking.recipes", *flags, "--max_steps 2 --max_rows 20"]
-    command += ["--output_dir", str(tmp_path)]
+    rows = json.loads((REPOSITORY / "data/test.json").read_text(encoding="utf-8"))[:8]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    command += ["--output_dir", str(tmp_path), "--eval_data_path", str(tmp_path / "few.json")]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert result.returncode == 0 and "| soft-5" in result.stdout, result.stderr
