@@ -191,6 +191,7 @@ def test_samples_of_masked_answers(run: Run, flags: list[str], tmp_path: Path) -
             "mlp.experts 0 of 2 layers, mlp.shared_expert 2 of 2 layers",
         ),
         ("qwen3_5_moe_text", "gate_proj,up_proj", "linear_attn 0 of 3 layers, mlp.gate 0 of 4 layers, mlp.experts 0"),
+        ("qwen3_next", "all-linear", "linear_attn 3 of 3 layers"),  # as far as PEFT can
         ("qwen3_next", "q_proj,gate_proj,up_proj", "PEFT does not adapt gate_proj, up_proj of this model"),
         ("mixed", "q_proj,gate_proj,up_proj", "lora.ParamWrapper does not work with lora_dropout != 0"),
     ],
