@@ -58,3 +58,9 @@ def test_a_light_adapter_that_is_lost(dtype: torch.dtype) -> None:
     """What rounding could explain is still as far away as the base model without its adapter."""
     for difference, good in ((0.01, False), (0.004, False), (0.001, True)):
         assert Comparison([difference] * 40, 20, 8, 8, 8, [], 8, False, [0.01] * 40).is_good(dtype) == good
+
+
+def test_what_is_not_finite_is_not_good() -> None:
+    """Not even if base and adapter are not finite either: nothing is larger than NaN."""
+    nothing = Comparison([math.inf], math.nan, 1, 1, 1, [], 1, False, [math.nan])
+    assert not nothing.is_good(torch.float32)

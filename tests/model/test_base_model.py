@@ -1,6 +1,7 @@
 """base_model.py: a checkpoint trains right or is refused in one line (traps 51, 52, 60, 68, 69, 73)."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -291,10 +292,22 @@ def test_a_single_file_beside_an_index(folder: Path) -> None:
     assert set(Checkpoint(str(folder)).files.values()) == {WEIGHTS}
 
 
+def test_pickle_is_never_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a checkpoint of the hub has nothing else: it can run code."""
+    load = Mock(side_effect=OSError("no file named model.safetensors"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(SystemExit):
+        load_model(ModelArguments(str(folder)), torch.float32, CPU)
+    assert load.call_args.kwargs["use_safetensors"] is True
+
+
 def test_what_transformers_logs_while_loading(capsys: pytest.CaptureFixture[str]) -> None:
     """It is part of an error, and printed if there is none."""
     logger = transformers_logging.get_logger("transformers.modeling_utils")
+    handlers = logging.getLogger("transformers").handlers
+    before = len(handlers)
     with loading_report():
+        assert len(handlers) == before  # one goes and one comes: nothing is printed twice
         logger.warning("slow path")
     assert "slow path" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="see above\nno memory"), loading_report():
